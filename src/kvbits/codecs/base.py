@@ -1,0 +1,88 @@
+"""What a codec is: a frozen, serialisable description of how states are stored, and pure functions.
+
+A codec turns states ``[B, H_kv, T, D]`` into integer codes of the same shape and a few named
+parameters (scales, offsets). It knows nothing about bytes or pages: ``codecs/packing.py`` does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+
+class ParameterSpec(NamedTuple):
+    """One named parameter of a codec, as the page store must keep it.
+
+    ``axis`` says what owns a value: every token, or every block of ``block_tokens`` tokens.
+    Tensors are ``[B, H_kv, N, rows, components]`` with N tokens or N blocks.
+    """
+
+    name: str
+    axis: Literal["token", "block"]
+    rows: int
+    components: int
+    dtype: torch.dtype
+
+    @property
+    def bits_per_item(self) -> int:
+        """Stored bits for one token or one block of one head."""
+        return self.rows * self.components * self.dtype.itemsize * 8
+
+
+class Encoded(NamedTuple):
+    """Codes ``[B, H_kv, T, D]`` (uint8; the states themselves when exact) and their parameters."""
+
+    codes: Tensor
+    parameters: dict[str, Tensor]
+
+
+class Codec(BaseModel, ABC):
+    """How a block of states is stored; immutable and tagged by ``kind`` so that plans are readable.
+
+    Subclasses declare ``kind: Literal["..."]`` and ``bits``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @property
+    @abstractmethod
+    def block_tokens(self) -> int:
+        """Tokens that must be encoded together: 1 per token, G per channel."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether decoding returns the very states that were encoded."""
+        return False
+
+    @abstractmethod
+    def code_bits(self, state_bits: int = 16) -> int:
+        """Stored width of one code; ``state_bits`` is the width of the states' own dtype."""
+
+    @abstractmethod
+    def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
+        """The parameters stored beside the codes, for states of ``head_dim`` channels."""
+
+    @abstractmethod
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise ``ValueError`` if states of ``head_dim`` channels cannot be stored."""
+
+    @abstractmethod
+    def encode(self, states: Tensor) -> Encoded:
+        """Encode ``[B, H_kv, T, D]``, T a multiple of ``block_tokens``, in float32 arithmetic."""
+
+    @abstractmethod
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Return states ``[B, H_kv, T, D]``: float32, or the stored dtype when exact."""
+
+    def stored_bits(self, head_dim: int, state_bits: int = 16) -> Fraction:
+        """Exact bits per stored value, parameters included (page rounding is not)."""
+        total = Fraction(self.code_bits(state_bits))
+        for spec in self.parameter_specs(head_dim):
+            tokens = 1 if spec.axis == "token" else self.block_tokens
+            total += Fraction(spec.bits_per_item, tokens * head_dim)
+        return total
