@@ -1,0 +1,87 @@
+"""What a search must beat: uniform plans, the ladder and random plans, at equal effective bits.
+
+None is weakened: the uniform and ladder families are enumerated in full and the additive model
+picks the best member for the comparison, as it does for the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from kvbits.tuning.search.exact import Problem
+from kvbits.tuning.tables import Allocation
+
+
+def uniform(problem: Problem) -> list[tuple[str, Allocation]]:
+    """Return every uniform plan, named ``K4V2``, smallest first."""
+    layers = problem.costs.units.shape[0]
+    plans = [
+        (f"K{key}V{value}", problem.allocation((index,) * layers))
+        for index, (key, value) in enumerate(problem.costs.pairs)
+    ]
+    return sorted(plans, key=lambda named: named[1].effective_bits)
+
+
+def best_uniform(problem: Problem, bits: float) -> tuple[str, Allocation] | None:
+    """Return the uniform plan of least predicted loss within ``bits``, or None where none fits."""
+    return _best(uniform(problem), bits)
+
+
+def best_ladder(problem: Problem, bits: float) -> tuple[str, Allocation] | None:
+    """Return the ladder of least predicted loss within ``bits``, or None where none fits.
+
+    A ladder keeps the first ``a`` and the last ``b`` layers at one pair and all others at a
+    cheaper one: the rule of thumb that engines offer as "skip the first and last layers".
+    Here ``a`` and ``b`` are free (the usual symmetric ladder is among them).
+    """
+    return _best(_ladders(problem), bits)
+
+
+def _ladders(problem: Problem) -> Iterator[tuple[str, Allocation]]:
+    costs = problem.costs
+    layers = costs.units.shape[0]
+    totals = costs.units.sum(axis=0)
+    for high, (key, value) in enumerate(costs.pairs):
+        for low in np.flatnonzero(totals < totals[high]):
+            other = costs.pairs[int(low)]
+            for first in range(layers + 1):
+                for last in range(layers - first):
+                    choice = (high,) * first + (int(low),) * (layers - first - last)
+                    choice += (high,) * last
+                    name = (
+                        f"first {first}, last {last} K{key}V{value}, rest K{other[0]}V{other[1]}"
+                    )
+                    if first + last:
+                        yield name, problem.allocation(choice)
+
+
+def random_plan(problem: Problem, bits: float, *, seed: int) -> Allocation | None:
+    """Return a random plan filled up to ``bits``, or None where nothing fits.
+
+    From the smallest plan on, a random layer grows by its smallest step until no step fits, so
+    that less than one step of the budget is left unused.
+    """
+    generator = np.random.default_rng(seed)
+    units = problem.costs.units
+    choice = units.argmin(axis=1)
+    layers = np.arange(len(choice))
+    left = problem.costs.budget(bits) - int(units[layers, choice].sum())
+    if left < 0:
+        return None
+    while True:
+        growth = units - units[layers, choice][:, None]
+        steps = np.where(growth > 0, growth, np.iinfo(np.int64).max).min(axis=1)
+        if not (steps <= left).any():
+            return problem.allocation(tuple(int(i) for i in choice))
+        layer = generator.choice(np.flatnonzero(steps <= left))
+        choice[layer] = generator.choice(np.flatnonzero(growth[layer] == steps[layer]))
+        left -= int(steps[layer])
+
+
+def _best(plans: Iterable[tuple[str, Allocation]], bits: float) -> tuple[str, Allocation] | None:
+    fitting = [(name, plan) for name, plan in plans if plan.effective_bits <= bits + 1e-9]
+    if not fitting:
+        return None
+    return min(fitting, key=lambda named: (named[1].loss, named[1].effective_bits, named[0]))

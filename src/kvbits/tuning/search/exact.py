@@ -1,0 +1,192 @@
+"""The whole front in seconds: an integer programme on the additive sensitivities.
+
+Isolated forward KLs add up (each side of each layer measured alone predicts a mixed plan to a few
+per cent), so the best plan for a budget is a knapsack with one choice per layer:
+
+    minimise    t
+    subject to  sum over l, p of loss[d, l, p] x[l, p] <= t     for every domain d
+                sum over p of x[l, p] = 1                       for every layer l
+                sum over l, p of units[l, p] x[l, p] <= budget
+                x binary
+
+Minimax over domains, because the text a plan is tuned on decides what it keeps: a plan tuned on
+one kind of text alone can be worse than a uniform one on another. Losses are normalised per domain
+(``normalised_loss``), so t = 1 means "as bad as the reference plan in the worst domain".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from kvbits.tuning.prune import pareto_mask
+from kvbits.tuning.tables import (
+    Allocation,
+    Choice,
+    CostTable,
+    FloatArray,
+    IntArray,
+    SensitivityTable,
+)
+
+Objective: TypeAlias = Literal["minimax", "sum"]
+
+# HiGHS stops at this relative gap; plans this close cannot be told apart by measuring.
+RELATIVE_GAP = 1e-6
+
+
+class Problem(NamedTuple):
+    """One allocation problem: normalised losses ``[domains, L, P]`` beside the costs."""
+
+    costs: CostTable
+    kl_nats: FloatArray  # [domains, L, P], nats per token
+    norms: FloatArray  # [domains], nats per token of the reference plan
+    weights: FloatArray  # [domains], used by objective "sum"
+    objective: Objective
+
+    @property
+    def loss(self) -> FloatArray:
+        return self.kl_nats / self.norms[:, None, None]
+
+    def predicted_kl(self, choice: Choice) -> FloatArray:
+        """Return the additive KL of a choice, ``[domains]``, nats per token."""
+        layers = np.arange(len(choice))
+        return np.asarray(self.kl_nats[:, layers, list(choice)].sum(axis=1))
+
+    def score(self, kl_nats: FloatArray) -> float:
+        """Return the objective of per-domain KLs, predicted or measured, ``[domains]``."""
+        normalised = kl_nats / self.norms
+        if self.objective == "minimax":
+            return float(normalised.max())
+        return float((self.weights * normalised).sum() / self.weights.sum())
+
+    def allocation(self, choice: Choice) -> Allocation:
+        """Return a choice with its size, its predicted KLs and its objective."""
+        predicted = self.predicted_kl(choice)
+        bits = self.costs.effective_bits(choice)
+        return Allocation(choice, bits, tuple(map(float, predicted)), self.score(predicted))
+
+
+def build_problem(
+    table: SensitivityTable,
+    costs: CostTable,
+    *,
+    reference_bits: float,
+    objective: Objective = "minimax",
+    weights: Sequence[float] | None = None,
+) -> Problem:
+    """Normalise the table by the uniform plan whose size is nearest ``reference_bits``.
+
+    Each domain is divided by the additive KL of that plan, so that domains whose text is harder to
+    predict, and whose KLs are larger throughout, do not decide alone. One reference serves the
+    whole front; the exact pair, whose KL is zero, is never the reference.
+    """
+    kl_nats = table.pair_kl(costs.pairs)
+    totals = kl_nats.sum(axis=1)  # [domains, P]
+    lossy = np.flatnonzero(totals.max(axis=0) > 0)
+    layers = costs.units.shape[0]
+    if lossy.size == 0:
+        norms = np.ones(len(table.domains))
+    else:
+        distance = [abs(costs.effective_bits((p,) * layers) - reference_bits) for p in lossy]
+        norms = totals[:, lossy[int(np.argmin(distance))]]
+    norms = np.where(norms > 0, norms, 1.0)
+    weight = np.ones(len(table.domains)) if weights is None else np.asarray(weights, float)
+    return Problem(costs, kl_nats, norms, weight, objective)
+
+
+def solve(problem: Problem, budget: int) -> Choice | None:
+    """Return the best candidate per layer for a budget, or None where nothing fits.
+
+    Ties are broken in a fixed order: the objective, then the sum over all domains (minimax leaves
+    the domains that do not bind free), then HiGHS's own order, which is deterministic.
+
+    Args:
+        budget: Units of ``problem.costs``.
+    """
+    costs = problem.costs.units
+    if costs.min(axis=1).sum() > budget:
+        return None
+    weights = problem.weights if problem.objective == "sum" else np.ones(len(problem.norms))
+    mean = np.tensordot(weights / weights.sum(), problem.loss, axes=1)  # [L, P]
+    rows = problem.loss if problem.objective == "minimax" else mean[None]
+    relaxed = _minimise(rows, costs, budget, is_relaxed=True)
+    # The solver's absolute tolerances need losses of order one: the relaxation gives the scale.
+    scale = _worst(rows, relaxed) or 1.0
+    first = _minimise(rows / scale, costs, budget)
+    limit = _worst(rows / scale, first)
+    second = _minimise((mean / scale)[None], costs, budget, caps=(rows / scale, limit))
+    choices = [tuple(int(i) for i in x.argmax(axis=1)) for x in (first, second)]
+    return min(choices, key=lambda c: (problem.allocation(c).loss, mean[range(len(c)), c].sum()))
+
+
+def _worst(rows: FloatArray, x: FloatArray) -> float:
+    return float(np.tensordot(rows, x, axes=2).max())
+
+
+def _minimise(
+    rows: FloatArray,
+    units: IntArray,
+    budget: int,
+    *,
+    is_relaxed: bool = False,
+    caps: tuple[FloatArray, float] | None = None,
+) -> FloatArray:
+    """Minimise the worst of ``rows [R, L, P]`` over one-hot ``x [L, P]`` within the budget."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    layers, pairs = units.shape
+    size = layers * pairs
+    # Divided by their common factor the sizes are small integers, so that the solver's tolerance
+    # can never admit a plan over the budget.
+    divisor = int(np.gcd.reduce(units, axis=None)) or 1
+    one_hot = np.hstack([np.kron(np.eye(layers), np.ones(pairs)), np.zeros((layers, 1))])
+    size_row = np.append(units.ravel() // divisor, 0)
+    loss_rows = np.hstack([rows.reshape(len(rows), size), -np.ones((len(rows), 1))])
+    constraints = [
+        LinearConstraint(one_hot, 1, 1),
+        LinearConstraint(size_row[None], -np.inf, budget // divisor),
+        LinearConstraint(loss_rows, -np.inf, 0),
+    ]
+    if caps is not None:
+        cap_rows = np.hstack([caps[0].reshape(-1, size), np.zeros((len(caps[0]), 1))])
+        constraints.append(LinearConstraint(cap_rows, -np.inf, caps[1] * (1 + 1e-9) + 1e-12))
+    result = milp(
+        c=np.append(np.zeros(size), 1.0),
+        constraints=constraints,
+        integrality=np.append(np.full(size, 0 if is_relaxed else 1), 0),
+        bounds=Bounds(0, np.append(np.ones(size), np.inf)),
+        options={"mip_rel_gap": RELATIVE_GAP},
+    )
+    if result.x is None:
+        raise RuntimeError(f"the integer programme must have a solution, got {result.message!r}")
+    return np.asarray(result.x[:size]).reshape(layers, pairs)
+
+
+def budget_grid(costs: CostTable, bits: float, step: float = 0.25) -> tuple[float, ...]:
+    """Return the effective bits at which the front is computed, ascending.
+
+    A regular grid between the smallest and the largest packed plan, the sizes of all uniform plans
+    (there the comparison at equal bits is exact) and the user's budget.
+    """
+    layers = costs.units.shape[0]
+    uniform = {costs.effective_bits((p,) * layers) for p in range(len(costs.pairs))}
+    packed = sorted(uniform)[:-1] or sorted(uniform)
+    grid = np.arange(np.ceil(packed[0] / step) * step, packed[-1] + step / 2, step)
+    return tuple(sorted({round(float(b), 6) for b in (*grid, *packed, bits)}))
+
+
+def solve_front(problem: Problem, grid: Iterable[float]) -> list[Allocation]:
+    """Solve every budget of the grid; return the undominated plans, smallest first."""
+    choices: dict[Choice, None] = {}
+    for bits in grid:
+        choice = solve(problem, problem.costs.budget(bits))
+        if choice is not None:
+            choices[choice] = None
+    points = [problem.allocation(choice) for choice in choices]
+    sizes = np.array([point.effective_bits for point in points])
+    keep = pareto_mask(sizes, np.array([point.loss for point in points]))
+    kept = [point for point, kept in zip(points, keep, strict=True) if kept]
+    return sorted(kept, key=lambda point: point.effective_bits)

@@ -1,0 +1,13 @@
+"""Fixtures of the tuning tests."""
+
+from __future__ import annotations
+
+import pytest
+from tuning_synthetic import make_problem
+
+from kvbits.tuning.search.exact import Problem
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return make_problem(6, (8, 4, 2), seed=0)

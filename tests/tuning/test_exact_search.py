@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from tuning_synthetic import make_costs, make_problem
+
+from kvbits.tuning.search.exact import Problem, budget_grid, build_problem, solve, solve_front
+from kvbits.tuning.tables import SensitivityTable
+
+
+def brute_force(problem: Problem, budget: int) -> float | None:
+    layers, pairs = problem.costs.units.shape
+    losses = [
+        problem.allocation(choice).loss
+        for choice in itertools.product(range(pairs), repeat=layers)
+        if problem.costs.total(choice) <= budget
+    ]
+    return min(losses, default=None)
+
+
+@pytest.mark.parametrize("objective", ["minimax", "sum"])
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_solution_equals_brute_force(seed, unequal, objective):
+    problem = make_problem(4, (4, 2), seed, unequal=unequal, objective=objective)
+    for bits in (2.5, 2.75, 3.1, 3.5, 4.0, 6.0, 9.3):
+        budget = problem.costs.budget(bits)
+        choice = solve(problem, budget)
+        assert choice is not None
+        assert problem.costs.total(choice) <= budget
+        best = brute_force(problem, budget)
+        assert problem.allocation(choice).loss == pytest.approx(best, rel=1e-5)
+
+
+def test_solution_is_exact_where_losses_are_tiny():
+    """The solver's absolute tolerances (1e-6) must not decide at 8 bits, where KLs are 1e-6."""
+    problem = make_problem(4, (8, 4), seed=3)
+    budget = problem.costs.budget(8.3)
+    found = problem.allocation(solve(problem, budget)).loss
+    assert found == pytest.approx(brute_force(problem, budget), rel=1e-5)
+
+
+def test_nothing_fits_below_the_smallest_plan(problem):
+    assert solve(problem, problem.costs.budget(2.4)) is None
+
+
+def test_solution_never_exceeds_the_budget_and_repeats(problem):
+    for bits in np.arange(2.5, 9.0, 0.37):
+        budget = problem.costs.budget(float(bits))
+        first = solve(problem, budget)
+        assert problem.costs.total(first) <= budget
+        assert first == solve(problem, budget)
+
+
+def test_minimax_breaks_ties_by_the_mean_of_all_domains():
+    """The second domain does not bind; among plans equal in the first, it must still be served."""
+    kl_nats = np.zeros((2, 2, 2, 2))
+    kl_nats[0, 0, 0] = [1.0, 100.0]  # domain 0 needs the keys of layer 0 only
+    kl_nats[1, 1, 1] = [0.01, 0.1]  # domain 1 wants the values of layer 1
+    table = SensitivityTable(("a", "b"), (4, 2), kl_nats)
+    costs = make_costs(2, (4, 2))
+    problem = build_problem(table, costs, reference_bits=4.5)._replace(norms=np.ones(2))
+    choice = solve(problem, costs.total((costs.pairs.index((4, 2)), costs.pairs.index((2, 4)))))
+    assert costs.pairs_of(choice) == ((4, 2), (2, 4))
+
+
+def test_reference_plan_has_loss_one_in_every_domain(problem):
+    index = problem.costs.pairs.index((4, 4))  # 4.5 effective bits; K4V2 at 3.5 is as near as KV4
+    near = build_problem(
+        SensitivityTable(("d",), (8, 4, 2), np.ones((1, 6, 2, 3)) * [[[[0.1, 1.0, 9.0]]]]),
+        problem.costs,
+        reference_bits=4.4,
+    )
+    assert near.allocation((index,) * 6).loss == pytest.approx(1.0)
+
+
+def test_layers_that_cost_nothing_give_a_finite_problem():
+    table = SensitivityTable(("a",), (4, 2), np.zeros((1, 3, 2, 2)))
+    problem = build_problem(table, make_costs(3, (4, 2)), reference_bits=4.0)
+    assert problem.allocation(solve(problem, problem.costs.budget(3.0))).loss == 0.0
+
+
+def test_sum_objective_follows_the_weights():
+    problem = make_problem(4, (4, 2), seed=0, domains=2, objective="sum")
+    budget = problem.costs.budget(3.4)
+    one, other = (
+        problem._replace(weights=np.array(weights)) for weights in ([1.0, 0.0], [0.0, 1.0])
+    )
+    assert one.predicted_kl(solve(one, budget))[0] <= one.predicted_kl(solve(other, budget))[0]
+    assert solve(one, budget) != solve(other, budget)
+
+
+def test_front_is_sorted_and_undominated(problem):
+    front = solve_front(problem, budget_grid(problem.costs, 4.0))
+    sizes = [point.effective_bits for point in front]
+    losses = [point.loss for point in front]
+    assert sizes == sorted(set(sizes))
+    assert losses == sorted(losses, reverse=True)
+    assert len(front) > 10
+
+
+def test_grid_holds_the_budget_and_every_uniform_size(problem):
+    grid = budget_grid(problem.costs, 4.1)
+    assert {2.5, 3.5, 4.1, 4.5, 5.5, 6.5, 8.5} <= set(grid)
+    assert max(grid) == 8.5
