@@ -34,4 +34,4 @@ class CalibrationError(KVBitsError):
 
 
 class RecordError(KVBitsError):
-    """A record, study or saved cache on disk is damaged, incomplete or belongs to something else."""
+    """A record, study or saved cache on disk is damaged, incomplete or of something else."""

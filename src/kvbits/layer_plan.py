@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbits.codecs import AnyCodec, Codec
@@ -13,11 +16,14 @@ Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
 
 
-class PackedLengths(NamedTuple):
-    """Tokens of a row that are packed, per side; sinks are not counted."""
+IntArray = NDArray[np.int64]
 
-    key: int
-    value: int
+
+class PackedLengths(NamedTuple):
+    """Tokens of each row that are packed, per side; sinks are not counted."""
+
+    key: IntArray
+    value: IntArray
 
 
 class HeadGroup(BaseModel):
@@ -42,7 +48,7 @@ class LayerPlan(BaseModel):
     keys leave in whole blocks of R tokens, values one by one as soon as more than R are exact.
 
     Raises:
-        ValueError: If head groups overlap, or R does not fit the key block under independent flush.
+        ValueError: If head groups overlap, or R does not fit the key block (independent flush).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -82,8 +88,8 @@ class LayerPlan(BaseModel):
             raise ValueError(f"heads of all groups must list 0..n-1 once each, got {heads}")
         if self.flush == "independent" and self.residual_length % self.block_tokens("key"):
             raise ValueError(
-                f"residual_length must be a multiple of the key block of {self.block_tokens('key')} "
-                f"tokens when flush='independent', got {self.residual_length}"
+                f"residual_length must be a multiple of the key block, {self.block_tokens('key')} "
+                f"tokens, when flush='independent', got {self.residual_length}"
             )
         return self
 
@@ -92,7 +98,7 @@ class LayerPlan(BaseModel):
         """Whether every head stores both sides unchanged: the stock layer."""
         return all(group.key.is_exact and group.value.is_exact for group in self.groups)
 
-    @property
+    @cached_property
     def quantum(self) -> int:
         """Tokens that leave the residual together under joint flush."""
         return math.lcm(self.block_tokens("key"), self.block_tokens("value"))
@@ -108,10 +114,10 @@ class LayerPlan(BaseModel):
         """Encoding quantum of one side over all head groups."""
         return math.lcm(*(group.codec(side).block_tokens for group in self.groups))
 
-    def packed_lengths(self, num_tokens: int) -> PackedLengths:
-        """Packed tokens per side of a row of ``num_tokens`` tokens that was only appended to."""
-        beyond = max(0, num_tokens - self.sink_tokens)
-        leaving = max(0, beyond - self.residual_length)
+    def packed_lengths(self, num_tokens: IntArray) -> PackedLengths:
+        """Packed tokens per side of rows of ``num_tokens`` tokens that were only appended to."""
+        beyond = np.maximum(num_tokens - self.sink_tokens, 0)
+        leaving = np.maximum(beyond - self.residual_length, 0)
         if self.flush == "joint":
             packed = leaving - leaving % self.quantum
             return PackedLengths(packed, packed)

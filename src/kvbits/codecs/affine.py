@@ -1,9 +1,9 @@
 """Integer codes with a scale and an offset, shared per token or per channel.
 
-Statistics are float32. The offset is rounded *down* and the scale *up* to the dtype they are stored
-in before any code is computed, so the stored range always covers the group and the error is at most
-half a stored step. Offsets are real numbers, not integer zero points: a zero point of ``min / scale``
-loses whole steps when a channel sits far from zero.
+Statistics are float32. The offset is rounded *down* and the scale *up* to the dtype they are
+stored in before any code is computed, so the stored range always covers the group and the error is
+at most half a stored step. Offsets are real numbers, not integer zero points: a zero point of
+``min / scale`` loses whole steps when a channel sits far from zero.
 """
 
 from __future__ import annotations

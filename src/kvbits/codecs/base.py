@@ -1,4 +1,4 @@
-"""What a codec is: a frozen, serialisable description of how states are stored, and pure functions.
+"""What a codec is: a frozen, serialisable description of how states are stored.
 
 A codec turns states ``[B, H_kv, T, D]`` into integer codes of the same shape and a few named
 parameters (scales, offsets). It knows nothing about bytes or pages: ``codecs/packing.py`` does.
@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 
 
 class Codec(BaseModel, ABC):
-    """How a block of states is stored; immutable and tagged by ``kind`` so that plans are readable.
+    """How a block of states is stored; immutable, tagged by ``kind`` so that plans are readable.
 
     Subclasses declare ``kind: Literal["..."]`` and ``bits``.
     """

@@ -1,4 +1,4 @@
-"""The only code that knows bytes: bit packing, pages, and the store that holds one side of a layer.
+"""The only code that knows bytes: bit packing, pages, and the store of one side of a layer.
 
 Layout ``kvbits-1``. A page holds ``page_tokens`` tokens (a multiple of 64) of one key/value head.
 
@@ -45,7 +45,7 @@ def page_tokens(codec: Codec) -> int:
 
 
 def page_capacity(num_pages: int) -> int:
-    """Pages a row has room for once it has needed ``num_pages``: grows by a sixteenth, never copied.
+    """Pages a row has room for once it has needed ``num_pages``: grows by a sixteenth.
 
     A pure function of the largest need, so that allocated bytes do not depend on how a cache grew
     (chunk by chunk or at once).
@@ -160,11 +160,18 @@ class PageStore:
 
         Tokens a row does not hold come back as zeros.
         """
+        held_by_all, held_by_some = min(self.lengths), max(self.lengths)
+        if stop > held_by_some:
+            kept = max(held_by_some, start)
+            zeros = torch.zeros(
+                (len(self.lengths), self.num_heads, stop - kept, self.head_dim), device=self.device
+            )
+            return zeros if kept == start else torch.cat((self.read(start, kept), zeros), -2)
         first, last = start // self.page_tokens, -(-stop // self.page_tokens)
         decoded = self.codec.decode(self._encoded(self._gather(first, last)))
         begin = first * self.page_tokens
         decoded = decoded[:, :, start - begin : stop - begin]
-        if min(self.lengths) >= stop:
+        if held_by_all >= stop:
             return decoded
         held = torch.tensor(self.lengths, device=self.device)[:, None]
         is_held = torch.arange(start, stop, device=self.device) < held  # [B, T]
@@ -209,7 +216,8 @@ class PageStore:
         """Fill an empty store with what ``export_pages`` returned for rows of ``lengths``."""
         needed = [-(-length // self.page_tokens) for length in lengths]
         self.lengths = list(lengths)
-        self._pages = [self._allocate(count, max(needed)) for count in needed]
+        self._reserve(max(needed))
+        self._pages = [self._allocate(count) for count in needed]
         self._table = None
         own = [
             row * max(needed) + page for row, count in enumerate(needed) for page in range(count)
@@ -241,13 +249,13 @@ class PageStore:
         if self._references[page] == 0:
             self._free.append(page)
 
-    def _allocate(self, count: int, pages_per_row: int) -> list[int]:
-        """Take ``count`` free pages, growing the pool to the capacity ``pages_per_row`` implies."""
-        shortage = count - len(self._free)
-        if shortage > 0:
-            before = len(self._references)
-            target = page_capacity(pages_per_row) * len(self._pages)
-            self._grow(max(shortage, target - before))
+    def _reserve(self, pages_per_row: int) -> None:
+        """Grow the pool so that every row could hold ``pages_per_row`` pages of its own."""
+        missing = page_capacity(pages_per_row) * len(self._pages) - len(self._references)
+        if missing > 0:
+            self._grow(missing)
+
+    def _allocate(self, count: int) -> list[int]:
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._references[page] = 1
@@ -282,8 +290,9 @@ class PageStore:
         pages, start = self._pages[row], self.lengths[row]
         needed = -(-stop // self.page_tokens)
         last = start // self.page_tokens
+        self._reserve(max(needed, *map(len, self._pages)))
         if start % self.page_tokens and self._references[pages[last]] > 1:
-            (own,) = self._allocate(1, len(pages))
+            (own,) = self._allocate(1)
             for name, plane in self._gather_pages([pages[last]]).items():
                 chunk = self._chunks_of([own])[0]
                 self._chunks[chunk][name][own - self._chunk_starts[chunk]] = plane[0]
@@ -291,7 +300,7 @@ class PageStore:
             pages[last] = own
             self._table = None
         if needed > len(pages):
-            pages.extend(self._allocate(needed - len(pages), needed))
+            pages.extend(self._allocate(needed - len(pages)))
             self._table = None
 
     def _gather(self, first: int, last: int) -> dict[str, Tensor]:

@@ -1,0 +1,195 @@
+"""What attention sees of one layer, and the tensor handle that carries it through a model.
+
+Positions are *row positions*: they count a row's real tokens from 0, left padding excluded,
+because sinks, groups and pages start at the first real token. Row position p is logical position
+``p + padding[row]`` of the model's mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from kvbits.codecs.packing import PageStore
+from kvbits.errors import UnsupportedModelError
+from kvbits.layer_plan import IntArray, Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideStates:
+    """Keys or values of one layer.
+
+    Attributes:
+        stores: Packed states and the heads each store holds (None: all heads, in order). Token i
+            of a store is row position ``num_sinks + i``.
+        sinks: Exact first tokens ``[B, H_kv, S, D]``, by row position; zero wide without sinks.
+        tail: Exact newest tokens ``[B, H_kv, W, D]``; its last column is the newest token.
+        decoded_until: ``[B, Q]``. A query sees row positions from S up to this one decoded, and
+            all others exact.
+    """
+
+    stores: Sequence[tuple[PageStore, Tensor | None]]
+    sinks: Tensor
+    tail: Tensor
+    decoded_until: IntArray
+
+    def decoded(self, start: int, stop: int) -> Tensor:
+        """Decoded states of row positions ``start`` to ``stop``: ``[B, H_kv, T, D]``."""
+        first = self.sinks.shape[-2]
+        parts = [store.read(start - first, stop - first) for store, _ in self.stores]
+        if len(parts) == 1:
+            return parts[0]
+        heads = torch.cat([heads for _, heads in self.stores if heads is not None])
+        return torch.cat(parts, 1)[:, heads.argsort()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStates:
+    """All states of one layer at the time of one attention call.
+
+    Attributes:
+        key: Key side.
+        value: Value side.
+        num_tokens: Tokens in the cache, padding included, queries included.
+        padding: Left padding of every row, in tokens.
+    """
+
+    key: SideStates
+    value: SideStates
+    num_tokens: int
+    padding: Sequence[int]
+
+    @property
+    def num_queries(self) -> int:
+        """Queries this view was made for."""
+        return int(self.key.decoded_until.shape[1])
+
+    @property
+    def row_lengths(self) -> IntArray:
+        """Real tokens of every row, ``[B]``."""
+        return np.maximum(self.num_tokens - np.asarray(self.padding, dtype=np.int64), 0)
+
+    def side(self, side: Side) -> SideStates:
+        """One of the two sides."""
+        return self.key if side == "key" else self.value
+
+    def exact(self, side: Side, start: int, stop: int) -> Tensor:
+        """Exact states of row positions ``start`` to ``stop``, ``[B, H_kv, stop - start, D]``.
+
+        Only what the sinks or the tail hold; other places hold unspecified finite values.
+        """
+        states = self.side(side)
+        num_sinks = states.sinks.shape[-2]
+        if stop <= num_sinks:
+            return states.sinks[:, :, start:stop]
+        if start < num_sinks:
+            parts = (self.exact(side, start, num_sinks), self.exact(side, num_sinks, stop))
+            return torch.cat(parts, -2)
+        offset = states.tail.shape[-2] - self.num_tokens  # logical position to column of the tail
+        if not any(self.padding):
+            if start + offset >= 0:
+                return states.tail[:, :, start + offset : stop + offset]
+            missing = -(start + offset)
+            return torch.nn.functional.pad(states.tail[:, :, : stop + offset], (0, 0, missing, 0))
+        shifts = torch.tensor(list(self.padding), device=states.tail.device)[:, None] + offset
+        column = torch.arange(start, stop, device=states.tail.device) + shifts  # [B, T]
+        inside = (column >= 0) & (column < states.tail.shape[-2])
+        return _take_columns(
+            states.tail, column.clamp(0, max(0, states.tail.shape[-2] - 1)), inside
+        )
+
+    def dense(self, side: Side, start: int = 0, stop: int | None = None) -> Tensor:
+        """Materialise logical positions ``start`` to ``stop``: ``[B, H_kv, stop - start, D]``.
+
+        Padding is zero. Every query must see the same tokens decoded.
+
+        Raises:
+            UnsupportedModelError: If queries differ in what they see decoded.
+        """
+        states, stop = self.side(side), self.num_tokens if stop is None else stop
+        until = states.decoded_until
+        if (until != until[:, :1]).any():
+            raise UnsupportedModelError(
+                "quantize_prefill must be used with kvbits attention or one token at a time, got "
+                f"{self.num_queries} tokens in another attention; call kvbits.enable(model) first"
+            )
+        if not any(self.padding):
+            return self._rows(side, start, stop, until[:, 0])
+        shift = torch.tensor(list(self.padding), device=states.tail.device)
+        rows = self._rows(side, 0, int(self.row_lengths.max(initial=0)), until[:, 0])
+        position = torch.arange(start, stop, device=shift.device) - shift[:, None]
+        return _take_columns(rows, position.clamp(min=0), position >= 0)
+
+    def _rows(self, side: Side, start: int, stop: int, until: IntArray) -> Tensor:
+        """States by row position, decoded below ``until [B]`` and exact above."""
+        states = self.side(side)
+        num_sinks = states.sinks.shape[-2]
+        low, high = max(start, num_sinks), min(stop, int(until.max(initial=0)))
+        exact = self.exact(side, start, stop)
+        if low >= high:
+            return exact
+        decoded = states.decoded(low, high).to(exact.dtype)
+        boundary = torch.tensor(until, device=exact.device)[:, None]
+        is_decoded = torch.arange(low, high, device=exact.device) < boundary  # [B, T]
+        middle = torch.where(
+            is_decoded[:, None, :, None], decoded, exact[:, :, low - start : high - start]
+        )
+        return torch.cat((exact[:, :, : low - start], middle, exact[:, :, high - start :]), -2)
+
+
+def _take_columns(states: Tensor, column: Tensor, is_real: Tensor) -> Tensor:
+    """``[B, H, W, D]`` and columns ``[B, T]`` to ``[B, H, T, D]``; zero where not ``is_real``."""
+    if states.shape[-2] == 0:
+        return states.new_zeros(*states.shape[:2], column.shape[1], states.shape[-1])
+    index = column[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+    return states.gather(2, index).masked_fill(~is_real[:, None, :, None], 0)
+
+
+class StatesHandle(torch.Tensor):
+    """A tensor without storage that stands for the keys or values of a layer.
+
+    The registered attention function takes ``states`` from it; any other operation materialises
+    the dense tensor, so that models which post-process their keys still work.
+    """
+
+    states: LayerStates
+    side: Side
+
+    @staticmethod
+    def __new__(cls, states: LayerStates, side: Side, dtype: torch.dtype) -> StatesHandle:
+        tail = states.side(side).tail
+        shape = (tail.shape[0], tail.shape[1], states.num_tokens, tail.shape[-1])
+        handle: StatesHandle = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=tail.device
+        )
+        handle.states, handle.side = states, side
+        return handle
+
+    def __init__(self, states: LayerStates, side: Side, dtype: torch.dtype) -> None:
+        pass
+
+    def dense(self) -> Tensor:
+        """The dense tensor ``[B, H_kv, T, D]``."""
+        return self.states.dense(self.side).to(self.dtype)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"StatesHandle({self.side}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        def materialise(x: Any) -> Any:
+            return x.dense() if isinstance(x, StatesHandle) else x
+
+        return func(*tree_map(materialise, args), **tree_map(materialise, kwargs or {}))

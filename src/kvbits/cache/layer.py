@@ -1,0 +1,421 @@
+"""One layer's packed cache: ``[ sinks, exact | packed | residual, exact ]``, append-only.
+
+Knows no transformers. Every position is counted per batch row from its first real token, so left
+padding is never encoded and a row of a batch stores the very bytes it would store alone. How much
+of a row is packed is a pure function of its length (``LayerPlan.packed_lengths``), which makes a
+chunked append equal one append.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvbits.attention.states import LayerStates, SideStates
+from kvbits.codecs.packing import PageStore
+from kvbits.errors import CalibrationError
+from kvbits.layer_plan import SIDES, IntArray, LayerPlan, Side
+
+
+@dataclass
+class _SideStorage:
+    """Keys or values of the layer: packed stores per head group, sinks, residual (tail)."""
+
+    stores: list[tuple[PageStore, Tensor | None]]
+    sinks: Tensor  # [B, H_kv, at most S, D], by row position
+    tail: Tensor  # [B, H_kv, W, D], its last column is the newest token
+
+    @property
+    def packed(self) -> IntArray:
+        """Packed tokens of every row."""
+        return np.asarray(self.stores[0][0].lengths, dtype=np.int64)
+
+    def append(self, states: Tensor, rows: Sequence[int]) -> None:
+        """Encode ``[n, H_kv, T, D]`` into the stores of each head group."""
+        for store, heads in self.stores:
+            store.append(states if heads is None else states[:, heads], rows)
+
+    @property
+    def nbytes(self) -> int:
+        packed = sum(store.nbytes for store, _ in self.stores)
+        return packed + self.sinks.nbytes + self.tail.nbytes
+
+
+class PackedLayer:
+    """Sinks, packed pages and residual of one layer.
+
+    Args:
+        plan: How the layer is stored.
+        layer_idx: Index in the model, for messages.
+        quantize_prefill: Whether a query of a multi-token update sees decoded states for what would
+            be packed by its step, as one-token decoding does, instead of the exact states of the
+            chunk it arrived in.
+    """
+
+    def __init__(
+        self, plan: LayerPlan, *, layer_idx: int = 0, quantize_prefill: bool = False
+    ) -> None:
+        self.plan = plan
+        self.layer_idx = layer_idx
+        self.quantize_prefill = quantize_prefill
+        self.num_tokens = 0  # per row, left padding included
+        self.num_reencoded_tokens = 0
+        self.peak_nbytes = 0
+        self.is_recording = False
+        self._padding: list[int] = []
+        self._sides: dict[Side, _SideStorage] = {}
+        self._nonfinite: Tensor | None = None
+
+    # ----- what it holds
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether states have arrived."""
+        return bool(self._sides)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for states and page tables."""
+        self.check_finite()
+        return sum(side.nbytes for side in self._sides.values())
+
+    @property
+    def padding(self) -> Sequence[int]:
+        """Left padding of every row."""
+        return tuple(self._padding)
+
+    def packed_lengths(self, side: Side) -> IntArray:
+        """Packed tokens of every row on one side."""
+        return self._sides[side].packed
+
+    def stores(self, side: Side) -> list[PageStore]:
+        """The page stores of one side, one per head group."""
+        return [store for store, _ in self._sides[side].stores]
+
+    def states(self) -> LayerStates:
+        """The states as one more query would see them."""
+        return self._view(self._tails(), self._bounds_now(1))
+
+    def set_padding(self, padding: Sequence[int]) -> None:
+        """Declare the left padding of every row, in tokens; before the padded tokens arrive.
+
+        Raises:
+            ValueError: If padding changes after tokens were stored.
+        """
+        if self.is_initialized and list(padding) != self._padding:
+            raise ValueError(
+                f"padding must not change once tokens are stored, got {list(padding)} after "
+                f"{self._padding}; start a new cache"
+            )
+        self._padding = list(padding)
+
+    # ----- appending
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> LayerStates:
+        """Append ``[B, H_kv, Q, D]`` and return what attention of these Q queries sees.
+
+        Raises:
+            ValueError: If shapes do not match the plan or the stored states.
+            CalibrationError: If states are not finite; nothing is stored then.
+        """
+        new: dict[Side, Tensor] = {"key": key_states, "value": value_states}
+        if not self.is_initialized:
+            self._initialize(new)
+        self._check(new)
+        num_queries = key_states.shape[-2]
+        self.num_tokens += num_queries
+        tails = {
+            side: torch.cat((self._sides[side].tail, new[side].detach()), -2) for side in SIDES
+        }
+        self._fill_sinks(tails, num_queries)
+        if num_queries == 1 or self.quantize_prefill:
+            bounds = self._bounds_by_query(num_queries)
+            self._flush(tails)
+            # A lone query sees everything that is packed decoded: the flushed part of the tail
+            # need not be kept for it.
+            return self._view(self._tails() if num_queries == 1 else tails, bounds)
+        view = self._view(tails, self._bounds_now(num_queries))
+        self._flush(tails)
+        return view
+
+    def _initialize(self, new: dict[Side, Tensor]) -> None:
+        batch, num_heads = new["key"].shape[:2]
+        named = self.plan.num_grouped_heads
+        if named is not None and named != num_heads:
+            raise ValueError(
+                f"key_states must have the {named} heads that layer {self.layer_idx} of the plan "
+                f"names, got {num_heads}; rebuild the plan for this model"
+            )
+        if not self._padding:
+            self._padding = [0] * batch
+        self._sides = {side: self._empty_side(side, new[side]) for side in SIDES}
+
+    def _empty_side(self, side: Side, states: Tensor) -> _SideStorage:
+        batch, num_heads, _, head_dim = states.shape
+        stores: list[tuple[PageStore, Tensor | None]] = []
+        for group in self.plan.groups:
+            heads = None
+            if group.heads is not None:
+                heads = torch.tensor(group.heads, device=states.device)
+            store = PageStore(
+                group.codec(side),
+                side=side,
+                num_heads=num_heads if group.heads is None else len(group.heads),
+                head_dim=head_dim,
+                num_rows=batch,
+                dtype=states.dtype,
+                device=states.device,
+            )
+            stores.append((store, heads))
+        empty = states.new_empty(batch, num_heads, 0, head_dim)
+        return _SideStorage(stores, sinks=empty, tail=empty)
+
+    def _check(self, new: dict[Side, Tensor]) -> None:
+        for side, states in new.items():
+            tail = self._sides[side].tail
+            expected = (len(self._padding), tail.shape[1], states.shape[2], tail.shape[3])
+            if tuple(states.shape) != expected:
+                raise ValueError(
+                    f"{side}_states must have shape {expected} (layer {self.layer_idx}), "
+                    f"got {tuple(states.shape)}"
+                )
+        self._check_new(new)
+
+    def _check_new(self, new: dict[Side, Tensor]) -> None:
+        """Refuse non-finite states: at once, or on a GPU during decoding when next asked."""
+        is_bad = torch.stack([self._any_nonfinite(states) for states in new.values()]).any()
+        if is_bad.device.type == "cpu" or new["key"].shape[-2] > 1:
+            self._raise_if(is_bad)
+        else:  # reading the flag now would make every decode step wait for the device
+            self._nonfinite = is_bad if self._nonfinite is None else self._nonfinite | is_bad
+
+    def _any_nonfinite(self, states: Tensor) -> Tensor:
+        limit = min(torch.finfo(torch.float16).max, torch.finfo(states.dtype).max)
+        bad = ~(states.detach().abs() <= limit)  # NaN compares false; scales are stored in float16
+        if any(self._padding):
+            first = torch.tensor(self._padding, device=states.device)[:, None]
+            position = self.num_tokens + torch.arange(states.shape[-2], device=states.device)
+            bad = bad & (position >= first)[:, None, :, None]
+        return bad.any()
+
+    def check_finite(self) -> None:
+        """Raise if a decode step since the last check brought states that are not finite."""
+        flag, self._nonfinite = self._nonfinite, None
+        if flag is not None:
+            self._raise_if(flag)
+
+    def _raise_if(self, is_bad: Tensor) -> None:
+        if bool(is_bad):
+            raise CalibrationError(
+                f"key and value states must be finite and at most 65504 in magnitude (layer "
+                f"{self.layer_idx}), got NaN, inf or a larger value; run the model in a wider dtype"
+            )
+
+    # ----- views
+
+    def _tails(self) -> dict[Side, Tensor]:
+        return {side: self._sides[side].tail for side in SIDES}
+
+    def _row_lengths(self) -> IntArray:
+        return np.maximum(self.num_tokens - np.asarray(self._padding, dtype=np.int64), 0)
+
+    def _bounds_now(self, num_queries: int) -> dict[Side, IntArray]:
+        """Every query sees decoded what is packed now."""
+        return {
+            side: np.tile((self._num_sinks(side) + self._sides[side].packed)[:, None], num_queries)
+            for side in SIDES
+        }
+
+    def _bounds_by_query(self, num_queries: int) -> dict[Side, IntArray]:
+        """Each query sees decoded what would be packed after its own step."""
+        bounds = self._bounds_now(num_queries)
+        if self.is_recording:
+            return bounds
+        behind = np.arange(num_queries - 1, -1, -1)
+        own = np.maximum(self._row_lengths()[:, None] - behind, 0)
+        for side, packed in zip(SIDES, self.plan.packed_lengths(own), strict=True):
+            until = np.where(packed > 0, self.plan.sink_tokens + packed, 0)
+            bounds[side] = np.maximum(bounds[side], until)
+        return bounds
+
+    def _num_sinks(self, side: Side) -> int:
+        return self._sides[side].sinks.shape[-2]
+
+    def _view(self, tails: dict[Side, Tensor], bounds: dict[Side, IntArray]) -> LayerStates:
+        sides = {
+            side: SideStates(
+                stores=self._sides[side].stores,
+                sinks=self._sides[side].sinks,
+                tail=tails[side],
+                decoded_until=bounds[side],
+            )
+            for side in SIDES
+        }
+        return LayerStates(
+            key=sides["key"],
+            value=sides["value"],
+            num_tokens=self.num_tokens,
+            padding=self._padding,
+        )
+
+    # ----- moving tokens: tail to sinks, tail to pages
+
+    def _fill_sinks(self, tails: dict[Side, Tensor], num_new: int) -> None:
+        """Copy the first real tokens of every row out of the tail until S of them are kept."""
+        before = np.maximum(self._row_lengths() - num_new, 0)
+        if before.min(initial=self.plan.sink_tokens) >= self.plan.sink_tokens:
+            return
+        width = min(self.plan.sink_tokens, int(self._row_lengths().max(initial=0)))
+        for side in SIDES:
+            storage = self._sides[side]
+            device = storage.sinks.device
+            held = torch.from_numpy(before).to(device)[:, None]
+            position = torch.arange(width, device=device)
+            missing = width - storage.sinks.shape[-2]
+            old = torch.nn.functional.pad(storage.sinks, (0, 0, 0, missing))
+            shift = tails[side].shape[-2] - self.num_tokens
+            column = position + torch.tensor(self._padding, device=device)[:, None] + shift
+            column = column.clamp(0, max(0, tails[side].shape[-2] - 1))
+            index = column[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[-1])
+            from_tail = tails[side].gather(2, index)
+            storage.sinks = torch.where((position < held)[:, None, :, None], old, from_tail)
+
+    def _flush(self, tails: dict[Side, Tensor]) -> None:
+        """Pack what has left the residual window, and keep the rest as the new tail."""
+        lengths = self._row_lengths()
+        for side in SIDES:
+            self._sides[side].tail = tails[side]
+        self.peak_nbytes = max(self.peak_nbytes, sum(side.nbytes for side in self._sides.values()))
+        for index, side in enumerate(SIDES):
+            storage = self._sides[side]
+            packed = storage.packed
+            due = packed
+            if not self.is_recording:
+                due = np.maximum(packed, self.plan.packed_lengths(lengths)[index])
+            self._pack(storage, packed, due - packed)
+            exact = np.maximum(lengths - np.minimum(lengths, self.plan.sink_tokens) - due, 0)
+            keep = int(exact.max(initial=0))
+            if keep < storage.tail.shape[-2]:
+                storage.tail = storage.tail[:, :, storage.tail.shape[-2] - keep :].clone()
+
+    def _pack(self, storage: _SideStorage, packed: IntArray, counts: IntArray) -> None:
+        """Encode the oldest ``counts`` residual tokens of every row; rows in step go together."""
+        start = np.asarray(self._padding) + self.plan.sink_tokens + packed  # logical positions
+        columns = storage.tail.shape[-2] - self.num_tokens + start
+        for column, count in sorted({*zip(columns.tolist(), counts.tolist(), strict=True)}):
+            rows = [
+                row
+                for row in range(len(counts))
+                if counts[row] == count and columns[row] == column
+            ]
+            if count:
+                states = storage.tail[rows] if len(rows) < len(counts) else storage.tail
+                storage.append(states[:, :, column : column + count], rows)
+
+    # ----- taking tokens away, moving rows
+
+    def crop(self, num_removed: int) -> None:
+        """Remove the newest ``num_removed`` tokens of every row.
+
+        A per-channel block that is cut returns, decoded, to the residual
+        (``num_reencoded_tokens`` counts its tokens). Held-back flushes happen now.
+        """
+        self.check_finite()
+        if not self.is_initialized:
+            return
+        if num_removed:
+            self._remove(min(num_removed, self.num_tokens))
+        if self.is_recording:
+            self.is_recording = False
+            self._flush(self._tails())
+            self.is_recording = True
+
+    def _remove(self, num_removed: int) -> None:
+        former = self.states()
+        self.num_tokens -= num_removed
+        lengths = self._row_lengths()
+        for side in SIDES:
+            storage = self._sides[side]
+            packed = storage.packed
+            block = self.plan.block_tokens(side)
+            reachable = np.maximum(lengths - self.plan.sink_tokens, 0)
+            left = np.where(reachable < packed, reachable - reachable % block, packed)
+            self.num_reencoded_tokens += int((np.minimum(packed, reachable) - left).sum())
+            exact = np.maximum(reachable - left, 0)
+            width = int(exact.max(initial=0))
+            tail = former.dense(side, self.num_tokens - width, self.num_tokens)
+            storage.tail = tail.to(storage.tail.dtype).clone()
+            storage.sinks = storage.sinks[:, :, : int(lengths.max(initial=0))].clone()
+            for row, length in enumerate(left.tolist()):
+                for store, _ in storage.stores:
+                    store.truncate(row, length)
+
+    def map_rows(self, index: Sequence[int]) -> None:
+        """Make row i a copy of what row ``index[i]`` was (reorder, repeat, select)."""
+        self.check_finite()
+        if not self.is_initialized:
+            return
+        self._padding = [self._padding[i] for i in index]
+        for side in SIDES:
+            storage = self._sides[side]
+            rows = torch.tensor(list(index), device=storage.tail.device)
+            storage.tail = storage.tail.index_select(0, rows)
+            storage.sinks = storage.sinks.index_select(0, rows)
+            for store, _ in storage.stores:
+                store.map_rows(index)
+
+    def to(self, device: torch.device) -> None:
+        """Move all states to ``device``."""
+        for storage in self._sides.values():
+            storage.tail = storage.tail.to(device, non_blocking=True)
+            storage.sinks = storage.sinks.to(device, non_blocking=True)
+            storage.stores = [
+                (store, None if heads is None else heads.to(device))
+                for store, heads in storage.stores
+            ]
+            for store, _ in storage.stores:
+                store.to(device)
+
+    # ----- saving
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain facts from which ``restore`` rebuilds the layer."""
+        self.check_finite()
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {
+            "num_tokens": self.num_tokens,
+            "padding": self._padding,
+            "num_reencoded_tokens": self.num_reencoded_tokens,
+            "packed": {side: self._sides[side].packed.tolist() for side in self._sides},
+        }
+        for side, storage in self._sides.items():
+            tensors[f"{side}.sinks"], tensors[f"{side}.tail"] = storage.sinks, storage.tail
+            for index, (store, _) in enumerate(storage.stores):
+                for name, plane in store.export_pages().items():
+                    tensors[f"{side}.{index}.{name}"] = plane
+        return tensors, facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Fill an empty layer from what ``export`` returned."""
+        if not facts["packed"]:
+            return
+        self._padding = list(facts["padding"])
+        new: dict[Side, Tensor] = {side: tensors[f"{side}.tail"] for side in SIDES}
+        self._sides = {side: self._empty_side(side, new[side]) for side in SIDES}
+        self.num_tokens = int(facts["num_tokens"])
+        self.num_reencoded_tokens = int(facts["num_reencoded_tokens"])
+        for side, storage in self._sides.items():
+            storage.sinks, storage.tail = tensors[f"{side}.sinks"], new[side]
+            for index, (store, _) in enumerate(storage.stores):
+                prefix = f"{side}.{index}."
+                planes = {
+                    name.removeprefix(prefix): plane
+                    for name, plane in tensors.items()
+                    if name.startswith(prefix)
+                }
+                store.import_pages(planes, facts["packed"][side])
