@@ -12,7 +12,8 @@ from kvbits._version import __version__
 
 if TYPE_CHECKING:
     from kvbits.attention.hf import disable, enable
-    from kvbits.cache.hf import QuantizedCache, load_cache, save_cache
+    from kvbits.cache.hf import QuantizedCache
+    from kvbits.cache.saving import load_cache, save_cache
     from kvbits.layer_plan import HeadGroup, LayerPlan
     from kvbits.plan import CachePlan
 
@@ -23,8 +24,8 @@ _EXPORTS = {
     "QuantizedCache": "kvbits.cache.hf",
     "disable": "kvbits.attention.hf",
     "enable": "kvbits.attention.hf",
-    "load_cache": "kvbits.cache.hf",
-    "save_cache": "kvbits.cache.hf",
+    "load_cache": "kvbits.cache.saving",
+    "save_cache": "kvbits.cache.saving",
 }
 
 __all__ = [

@@ -2,8 +2,8 @@
 
 Row positions are walked in spans of at most ``SPAN_TOKENS``. Each span is decoded in float32,
 scored, and merged into a running softmax (maximum, sum and weighted output), so that extra memory
-stays bounded whatever the context. Where some queries see a token decoded and others see it exact, both
-scores are computed and each query takes its own.
+stays bounded whatever the context. Where some queries see a token decoded and others see it exact,
+both scores are computed and each query takes its own.
 """
 
 from __future__ import annotations

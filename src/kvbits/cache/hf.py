@@ -1,0 +1,221 @@
+"""The only file that touches transformers' cache classes: packed layers inside a stock ``Cache``.
+
+Layers that are not full attention, and layers whose plan is exact on both sides, are the stock
+layers, so at 16 bits the model runs bit for bit as it would without kvbits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from kvbits.attention.states import StatesHandle
+from kvbits.cache.layer import PackedLayer
+from kvbits.errors import PlanError
+from kvbits.layer_plan import LayerPlan
+
+_HOOK = "_kvbits_padding_hook"
+
+
+class PackedCacheLayer(DynamicLayer):  # type: ignore[misc]
+    """transformers' view of a ``PackedLayer``: lengths, crop, reorder, repeat, select, offload."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, packed: PackedLayer) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append states; return handles, or the states themselves for an exact first prefill."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        is_first = self.packed.num_tokens == 0
+        states = self.packed.update(key_states, value_states)
+        if is_first and states.num_queries > 1 and not self.packed.quantize_prefill:
+            return key_states, value_states
+        return (
+            StatesHandle(states, "key", key_states.dtype),
+            StatesHandle(states, "value", value_states.dtype),
+        )
+
+    def get_seq_length(self) -> int:
+        return self.packed.num_tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.22
+
+    def reset(self) -> None:
+        former = self.packed
+        self.packed = PackedLayer(
+            former.plan, layer_idx=former.layer_idx, quantize_prefill=former.quantize_prefill
+        )
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def activate_past_recording(self) -> None:
+        """Hold flushes back until each following ``crop``, so that drafts are never packed."""
+        self.packed.is_recording = True
+
+    @property
+    def record_past(self) -> bool:
+        """Whether flushes wait for a crop."""
+        return self.packed.is_recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.packed.is_recording = value
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove ``-tokens_to_remove`` tokens; a positive number is an absolute length."""
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
+        self.packed.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.packed.map_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = range(len(self.packed.padding))
+        self.packed.map_rows([row for row in rows for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = torch.arange(len(self.packed.padding), device=indices.device)
+        self.packed.map_rows(rows[indices].tolist())
+
+    def offload(self) -> None:
+        self.packed.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.packed.to(self.device)
+
+
+class QuantizedCache(Cache):  # type: ignore[misc]
+    """A cache that stores each layer as its plan says.
+
+    Args:
+        plans: One plan per layer.
+        config: The model's config; decides which layers may be packed.
+        quantize_prefill: See ``PackedLayer``.
+        offloading: Keep layers in CPU memory while they are not used (CUDA only).
+
+    Raises:
+        PlanError: If the number of layers differs, or a layer that is not full attention would be
+            packed.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[LayerPlan],
+        config: Any,
+        *,
+        quantize_prefill: bool = False,
+        offloading: bool = False,
+    ) -> None:
+        layers = DynamicCache(config=config).layers
+        if len(plans) != len(layers):
+            raise PlanError(
+                f"plan must have one entry for each of the model's {len(layers)} layers, "
+                f"got {len(plans)}; rebuild the plan for this model"
+            )
+        for index, plan in enumerate(plans):
+            if plan.is_exact:
+                continue
+            if type(layers[index]) is not DynamicLayer:
+                raise PlanError(
+                    f"layer {index} must be full attention to be packed, got "
+                    f"{type(layers[index]).__name__}; give it 16 bits in the plan"
+                )
+            packed = PackedLayer(plan, layer_idx=index, quantize_prefill=quantize_prefill)
+            layers[index] = PackedCacheLayer(packed)
+        super().__init__(layers=layers, offloading=offloading)
+        self.plans = tuple(plans)
+
+    @property
+    def packed_layers(self) -> dict[int, PackedLayer]:
+        """The packed layers by index."""
+        return {
+            index: layer.packed
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, PackedCacheLayer)
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for cached states: packed layers, stock layers and page tables."""
+        return sum(map(_layer_nbytes, self.layers))
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Most bytes held so far: layers fill one after another, each exact before it is packed."""
+        extra = [layer.peak_nbytes - layer.nbytes for layer in self.packed_layers.values()]
+        return self.nbytes + max([0, *extra])
+
+    @property
+    def num_reencoded_tokens(self) -> int:
+        """Tokens, over layers and sides, that crops returned from packed blocks to the residual."""
+        return sum(layer.num_reencoded_tokens for layer in self.packed_layers.values())
+
+    def set_padding(self, padding: Sequence[int] | Tensor) -> None:
+        """Declare the left padding of every row before the prompt arrives.
+
+        ``plan.new_cache(model)`` does this from the 2-D attention mask; needed only when states
+        reach the cache without the model's forward.
+        """
+        rows = padding.tolist() if isinstance(padding, Tensor) else list(padding)
+        for layer in self.packed_layers.values():
+            layer.set_padding(rows)
+
+
+def _layer_nbytes(layer: Any) -> int:
+    if isinstance(layer, PackedCacheLayer):
+        return layer.packed.nbytes
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def watch_padding(model: Any) -> None:
+    """Let ``model`` tell packed caches the left padding of its 2-D attention mask; idempotent."""
+    if not hasattr(model, _HOOK):
+        hook = model.register_forward_pre_hook(_declare_padding, with_kwargs=True)
+        setattr(model, _HOOK, weakref.ref(hook))
+
+
+def _declare_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if not isinstance(cache, QuantizedCache) or not cache.packed_layers:
+        return
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return
+    is_first = not any(layer.is_initialized for layer in cache.packed_layers.values())
+    inputs = next(
+        (kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None
+    )
+    if not is_first and (inputs is None or inputs.shape[1] == 1):
+        return  # a decode step adds no padding; reading the mask would wait for the device
+    real = mask.bool()
+    padding = real.int().argmax(-1)
+    if not bool((real.sum(-1) == real.shape[-1] - padding).all()):
+        raise ValueError(
+            "attention_mask must be left-padded (zeros, then ones) with a packed cache, got a mask "
+            "with zeros after ones; pad prompts on the left"
+        )
+    if is_first:
+        cache.set_padding(padding)
