@@ -6,6 +6,8 @@ points at the repository's. A block under ``<!-- not run: reason -->`` is only c
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import os
 import re
 import shlex
@@ -78,6 +80,19 @@ def test_python_blocks_run(path, tmp_path, monkeypatch):
     for block, code in compiled:
         if block.is_run:
             exec(code, namespace)
+
+
+def doctested_modules() -> list[str]:
+    source = ROOT / "src"
+    paths = [path for path in sorted(source.rglob("*.py")) if ">>> " in path.read_text()]
+    return [".".join(path.relative_to(source).with_suffix("").parts) for path in paths]
+
+
+@pytest.mark.parametrize("name", doctested_modules())
+def test_doctests_hold(name):
+    results = doctest.testmod(importlib.import_module(name.removesuffix(".__init__")))
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,228 @@
+"""Read a run directory into plain tuples.
+
+A stage that has not run yet is an empty field; a file that is damaged, or that another version
+wrote in another form, is refused with its name and line, because a page drawn from half a file
+looks like a result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from kvbits.errors import RecordError
+
+SCHEMA_VERSION = 1
+SEARCHED_ORIGINS = ("exact", "nsga2")
+Row = TypeVar("Row")
+
+
+class Measurement(NamedTuple):
+    """A mean and its standard error."""
+
+    value: float
+    standard_error: float
+
+
+class TaskResult(NamedTuple):
+    """Exact-match accuracy, and its paired difference from the full-precision cache."""
+
+    accuracy: float
+    standard_error: float
+    n: int
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
+class Point(NamedTuple):
+    """One plan of the front or of the baselines."""
+
+    name: str
+    origin: str
+    pairs: tuple[tuple[int, int], ...]
+    effective_bits: float
+    effective_bits_at_context: float | None
+    predicted_kl: Mapping[str, float]
+    measured_kl: Mapping[str, Measurement]
+    tasks: Mapping[str, TaskResult]
+    is_chosen: bool
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether a search found it, rather than a rule."""
+        return self.origin in SEARCHED_ORIGINS
+
+
+class Sensitivity(NamedTuple):
+    """Forward KL with one side of one layer stored at one width, everything else exact."""
+
+    layer: int
+    side: str
+    bits: int
+    domain: str
+    kl_nats: float
+    kl_standard_error: float | None
+
+
+class Run(NamedTuple):
+    """Everything the page shows, as it was recorded."""
+
+    path: Path
+    study: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    mode: str
+    context: int | None
+    budget_bits: float | None
+    points: tuple[Point, ...]
+    sensitivity: tuple[Sensitivity, ...]
+    records: tuple[Mapping[str, Any], ...]
+    missing: tuple[str, ...]
+
+    @property
+    def chosen(self) -> Point | None:
+        """The point whose plan was written, if the search got that far."""
+        return next((point for point in self.points if point.is_chosen), None)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Calibration and verification domains in the order they were first recorded."""
+        names = [row.domain for row in self.sensitivity]
+        for point in self.points:
+            names += [*point.predicted_kl, *point.measured_kl]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks any point was measured on."""
+        return tuple(dict.fromkeys(task for point in self.points for task in point.tasks))
+
+
+def collect(run_dir: Path | str) -> Run:
+    """Read a run directory.
+
+    Args:
+        run_dir: the folder ``kvbits tune`` wrote; stages that have not run may be missing.
+
+    Returns:
+        The run; ``missing`` names the files that are not there yet.
+
+    Raises:
+        RecordError: the folder is no run, or a file in it is damaged.
+    """
+    path = Path(run_dir)
+    if not (path / "study.json").is_file():
+        raise RecordError(
+            f"run directory must hold study.json, got {path} without it; "
+            "give the folder that `kvbits tune -o` wrote"
+        )
+    front = _read_json(path / "front.json")
+    if front and front.get("schema_version") != SCHEMA_VERSION:
+        raise RecordError(
+            f"{path / 'front.json'} must have schema_version {SCHEMA_VERSION}, "
+            f"got {front.get('schema_version')!r}; use the kvbits version that wrote it"
+        )
+    names = ("sensitivity.jsonl", "verify.jsonl", "front.json", "plan.json")
+    study = _read_json(path / "study.json")
+    return Run(
+        path=path,
+        study=study,
+        plan=_read_json(path / "plan.json"),
+        mode=str(front.get("mode") or study.get("mode") or ""),
+        context=front.get("context"),
+        budget_bits=front.get("budget_bits"),
+        points=_parse_points(front, path / "front.json"),
+        sensitivity=_read_lines(path / "sensitivity.jsonl", _parse_sensitivity),
+        records=_read_lines(path / "verify.jsonl", dict),
+        missing=tuple(name for name in names if not (path / name).exists()),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read an object; a missing file is an empty one."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{path} must be JSON, got damage: {error}; {_REMEDY}") from error
+    if not isinstance(value, dict):
+        raise RecordError(f"{path} must hold one JSON object, got {type(value).__name__}")
+    return value
+
+
+_REMEDY = "run `kvbits tune` with the same settings again, or restore the file"
+
+
+def _read_lines(path: Path, parse: Callable[[Any], Row]) -> tuple[Row, ...]:
+    """Read one parsed row per line; a missing file is no rows."""
+    if not path.exists():
+        return ()
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(parse(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecordError(
+                f"{path} line {number} must be a complete record, got {_reason(error)}; {_REMEDY}"
+            ) from error
+    return tuple(rows)
+
+
+def _reason(error: Exception) -> str:
+    return f"no field {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _parse_points(front: Mapping[str, Any], path: Path) -> tuple[Point, ...]:
+    points = []
+    for number, item in enumerate(front.get("points", [])):
+        try:
+            points.append(_parse_point(item))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RecordError(
+                f"{path} point {number} must be complete, got {_reason(error)}; {_REMEDY}"
+            ) from error
+    return tuple(sorted(points, key=lambda point: point.effective_bits))
+
+
+def _parse_point(item: Mapping[str, Any]) -> Point:
+    at_context = item.get("effective_bits_at_context")
+    return Point(
+        name=str(item["name"]),
+        origin=str(item["origin"]),
+        pairs=tuple((int(key), int(value)) for key, value in item["pairs"]),
+        effective_bits=float(item["effective_bits"]),
+        effective_bits_at_context=None if at_context is None else float(at_context),
+        predicted_kl={k: float(v) for k, v in (item.get("predicted_kl") or {}).items()},
+        measured_kl={
+            domain: Measurement(float(m["value"]), float(m["se"]))
+            for domain, m in (item.get("measured_kl") or {}).items()
+        },
+        tasks={name: _parse_task(task) for name, task in (item.get("tasks") or {}).items()},
+        is_chosen=bool(item.get("chosen", False)),
+    )
+
+
+def _parse_task(item: Mapping[str, Any]) -> TaskResult:
+    return TaskResult(
+        accuracy=float(item["accuracy"]),
+        standard_error=float(item["se"]),
+        n=int(item["n"]),
+        difference=item.get("difference"),
+        low=item.get("low"),
+        high=item.get("high"),
+    )
+
+
+def _parse_sensitivity(item: Mapping[str, Any]) -> Sensitivity:
+    error = item.get("kl_se")
+    return Sensitivity(
+        layer=int(item["layer"]),
+        side=str(item["side"]),
+        bits=int(item["bits"]),
+        domain=str(item["domain"]),
+        kl_nats=float(item["kl_nats"]),
+        kl_standard_error=None if error is None else float(error),
+    )

@@ -1,0 +1,91 @@
+"""Plans side by side at equal effective bits, and the grids the figures draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from kvbits.report.collect import Point, Run, Sensitivity
+
+BASELINE_ORIGINS = ("uniform", "ladder", "random")
+# A searched plan may be this much larger than the baseline and still count as equal: one side of
+# one layer in twelve moves the mean of a plan by up to 0.17 bits, so exact equality is rare.
+EQUAL_BITS = 0.05
+
+
+class Comparison(NamedTuple):
+    """A baseline and the searched plan of at most its size (within ``EQUAL_BITS``).
+
+    ``ratios`` holds searched / baseline KL per domain: below one, the search did better.
+    """
+
+    baseline: Point
+    searched: Point
+    ratios: Mapping[str, float]
+
+
+class Grid(NamedTuple):
+    """One domain's sensitivities: ``rows[layer][column]`` in nats, None where not measured."""
+
+    domain: str
+    columns: tuple[str, ...]
+    layers: tuple[int, ...]
+    rows: tuple[tuple[float | None, ...], ...]
+
+
+def compare_at_equal_bits(points: Sequence[Point]) -> tuple[Comparison, ...]:
+    """Pair every measured baseline with the best-measured searched plan that is no larger."""
+    searched = [point for point in points if point.is_searched and point.measured_kl]
+    found = []
+    for baseline in points:
+        if baseline.origin not in BASELINE_ORIGINS or not baseline.measured_kl:
+            continue
+        partner = _largest_within(searched, baseline.effective_bits + EQUAL_BITS)
+        if partner is not None:
+            found.append(Comparison(baseline, partner, _ratios(partner, baseline)))
+    return tuple(found)
+
+
+def _largest_within(points: Sequence[Point], limit: float) -> Point | None:
+    fitting = [point for point in points if point.effective_bits <= limit]
+    return max(fitting, key=lambda point: point.effective_bits, default=None)
+
+
+def _ratios(searched: Point, baseline: Point) -> dict[str, float]:
+    """Return searched / baseline KL for every domain measured on both."""
+    return {
+        domain: measured.value / baseline.measured_kl[domain].value
+        for domain, measured in searched.measured_kl.items()
+        if domain in baseline.measured_kl and baseline.measured_kl[domain].value > 0
+    }
+
+
+def sensitivity_grids(rows: Sequence[Sensitivity]) -> tuple[Grid, ...]:
+    """Arrange sensitivities as layer x (side, width), one grid per domain, keys first."""
+    columns = sorted({(row.side != "key", -row.bits, row.side) for row in rows})
+    layers = tuple(sorted({row.layer for row in rows}))
+    values = {(row.domain, row.layer, row.side, row.bits): row.kl_nats for row in rows}
+    return tuple(
+        Grid(
+            domain=domain,
+            columns=tuple(f"{side[0].upper()}{-bits}" for _, bits, side in columns),
+            layers=layers,
+            rows=tuple(
+                tuple(values.get((domain, layer, side, -bits)) for _, bits, side in columns)
+                for layer in layers
+            ),
+        )
+        for domain in dict.fromkeys(row.domain for row in rows)
+    )
+
+
+def log10_or_none(value: float | None) -> float | None:
+    """Return log10, or None where there is no positive value to take it of."""
+    return math.log10(value) if value is not None and value > 0 else None
+
+
+def full_precision_tasks(run: Run) -> Mapping[str, float]:
+    """Return each task's accuracy with the full-precision cache, where it was measured."""
+    full = next((point for point in run.points if point.origin == "full"), None)
+    return {name: task.accuracy for name, task in full.tasks.items()} if full else {}

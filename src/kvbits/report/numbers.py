@@ -1,0 +1,88 @@
+"""Numbers as text, rounded to what their standard error supports."""
+
+from __future__ import annotations
+
+import math
+
+SMALL = 1e-4  # below this, powers of ten read better than leading zeros
+
+
+def bits(value: float | None) -> str:
+    """Two decimals: 4.50."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Round to significant digits, with a power of ten for small values.
+
+    >>> significant(0.012345), significant(0.0000123)
+    ('0.0123', '1.23e-5')
+    """
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    if abs(value) < SMALL:
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def with_error(value: float, error: float) -> str:
+    """Round value and standard error to the error's leading digit, two digits after a 1.
+
+    >>> with_error(0.012345, 0.00067), with_error(0.012345, 0.00013)
+    ('0.0123 ± 0.0007', '0.01234 ± 0.00013')
+    """
+    if not (error > 0 and math.isfinite(error)):
+        return significant(value)
+    if abs(value) < SMALL:
+        power = math.floor(math.log10(max(abs(value), error)))
+        scale = 10.0**-power
+        return f"({value * scale:.2f} ± {error * scale:.2f})e{power}"
+    power = math.floor(math.log10(error))
+    decimals = max(0, -power + (error < 2 * 10.0**power))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """Write a share as percent.
+
+    >>> percent(0.9375)
+    '93.8 %'
+    """
+    return f"{100 * value:.{digits}f} %"
+
+
+def points(value: float) -> str:
+    """Write a difference of shares as signed percentage points, with a true minus.
+
+    >>> points(-0.012)
+    '−1.2'
+    """
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def count(value: int) -> str:
+    """Group digits by thin spaces.
+
+    >>> count(16384) == "16\\u202f384"
+    True
+    """
+    return f"{value:,}".replace(",", "\u202f")
+
+
+def size(num_bytes: float) -> str:
+    """Write bytes in decimal units.
+
+    >>> size(2_500_000)
+    '2.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def ratio(value: float | None) -> str:
+    """Two decimals: 0.52."""
+    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,245 @@
+"""The page's tables and snippets: records turned into text, nothing measured or derived here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from kvbits.report import numbers
+from kvbits.report.collect import Measurement, Point, Run, TaskResult
+from kvbits.report.compare import compare_at_equal_bits, sensitivity_grids
+
+CHECKSUM_DIGITS = 12
+ORIGINS = {"exact": "search, exact", "nsga2": "search, NSGA-II", "full": "full precision"}
+
+
+class Table(NamedTuple):
+    """Rows of text; an empty header makes the first column of each row its heading."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    highlighted: Collection[int] = ()
+    caption: str = ""
+
+
+def render_table(table: Table, style: str = "") -> str:
+    """Return a table as HTML."""
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
+    body = []
+    for index, row in enumerate(table.rows):
+        cells = [f"<td>{escape(cell)}</td>" for cell in row]
+        if not table.header:
+            cells[0] = f'<th scope="row">{escape(row[0])}</th>'
+        chosen = ' class="chosen"' if index in table.highlighted else ""
+        body.append(f"<tr{chosen}>{''.join(cells)}</tr>")
+    thead = f"<thead><tr>{head}</tr></thead>" if head else ""
+    return (
+        f'<table class="{style}">{caption}{thead}<tbody>\n'
+        + "\n".join(body)
+        + "\n</tbody></table>"
+    )
+
+
+def model_name(run: Run) -> str:
+    """Return the model's id as the study or the plan recorded it."""
+    for source in (run.study, run.study.get("settings", {}), run.plan, run.plan.get("model", {})):
+        for key in ("model_id", "model"):
+            if isinstance(source, Mapping) and isinstance(source.get(key), str):
+                return str(source[key])
+    return run.path.name
+
+
+def summary(run: Run) -> Table:
+    """Say what was chosen, in a handful of rows."""
+    point = run.chosen
+    if point is None:
+        return Table((), (("plan", "none chosen yet"),))
+    budget = "" if run.budget_bits is None else f", budget {numbers.bits(run.budget_bits)}"
+    rows = [("plan", point.name), ("effective bits", numbers.bits(point.effective_bits) + budget)]
+    if point.effective_bits_at_context is not None and run.context:
+        at_context = numbers.bits(point.effective_bits_at_context)
+        rows.append((f"at {numbers.count(run.context)} tokens", f"{at_context} effective bits"))
+    rows.append(("mode", run.mode))
+    rows += [(f"KL, {name}", f"{_kl(m)} nats") for name, m in point.measured_kl.items()]
+    rows += [(name, _task_sentence(task)) for name, task in point.tasks.items()]
+    return Table((), tuple(rows))
+
+
+def _task_sentence(task: TaskResult) -> str:
+    text = f"{_accuracy(task)} of {numbers.count(task.n)} problems"
+    if task.difference is None:
+        return text
+    return f"{text}; difference from full precision {_difference(task)} points"
+
+
+def verified(run: Run) -> Table:
+    """Divergence of every measured plan, small to large."""
+    measured = [point for point in run.points if point.measured_kl]
+    domains = tuple(d for d in run.domains if any(d in p.measured_kl for p in measured))
+    header = ["plan", "from", "effective bits"]
+    if run.context:
+        header.append(f"at {numbers.count(run.context)} tokens")
+    header += [f"KL {domain}" for domain in domains]
+    rows = []
+    for point in measured:
+        cells = _name_cells(point)
+        if run.context:
+            cells.append(numbers.bits(point.effective_bits_at_context))
+        rows.append((*cells, *(_kl(point.measured_kl.get(domain)) for domain in domains)))
+    return Table(tuple(header), tuple(rows), _chosen_rows(measured))
+
+
+def task_results(run: Run) -> Table:
+    """Accuracy of every plan that answered task problems, small to large."""
+    measured = [point for point in run.points if point.tasks]
+    header = ["plan", "from", "effective bits"]
+    for task in run.tasks:
+        header += [f"{task}{_problems(measured, task)}", "difference [95 %]"]
+    rows = []
+    for point in measured:
+        results = [point.tasks.get(name) for name in run.tasks]
+        cells = [cell for task in results for cell in _task_cells(task)]
+        rows.append((*_name_cells(point), *cells))
+    return Table(tuple(header), tuple(rows), _chosen_rows(measured))
+
+
+def _name_cells(point: Point) -> list[str]:
+    origin = ORIGINS.get(point.origin, point.origin)
+    return [point.name, origin, numbers.bits(point.effective_bits)]
+
+
+def _task_cells(task: TaskResult | None) -> list[str]:
+    return ["", ""] if task is None else [_accuracy(task), _difference(task)]
+
+
+def _chosen_rows(points: Sequence[Point]) -> list[int]:
+    return [index for index, point in enumerate(points) if point.is_chosen]
+
+
+def _problems(points: Sequence[Point], task: str) -> str:
+    """Return ", n = 512"; the counts of all points where they are not the same."""
+    sizes = sorted({point.tasks[task].n for point in points if task in point.tasks})
+    return f", n = {' or '.join(map(numbers.count, sizes))}"
+
+
+def _kl(measured: Measurement | None) -> str:
+    return "" if measured is None else numbers.with_error(*measured)
+
+
+def _accuracy(task: TaskResult) -> str:
+    error = numbers.percent(task.standard_error)
+    return f"{numbers.percent(task.accuracy).removesuffix(' %')} ± {error}"
+
+
+def _difference(task: TaskResult) -> str:
+    if task.difference is None or task.low is None or task.high is None:
+        return ""
+    interval = f"[{numbers.points(task.low)}, {numbers.points(task.high)}]"
+    return f"{numbers.points(task.difference)} {interval}"
+
+
+def comparison(run: Run) -> Table:
+    """Baselines beside the searched plan of equal size."""
+    found = compare_at_equal_bits(run.points)
+    domains = tuple(dict.fromkeys(domain for item in found for domain in item.ratios))
+    header = ("baseline", "from", "bits", "searched plan", "bits", *(f"KL × {d}" for d in domains))
+    rows = tuple(
+        (
+            item.baseline.name,
+            item.baseline.origin,
+            numbers.bits(item.baseline.effective_bits),
+            item.searched.name,
+            numbers.bits(item.searched.effective_bits),
+            *(numbers.ratio(item.ratios.get(domain)) for domain in domains),
+        )
+        for item in found
+    )
+    chosen = [index for index, item in enumerate(found) if item.searched.is_chosen]
+    return Table(header, rows, chosen)
+
+
+def layer_bits(point: Point) -> Table:
+    """Key and value width of every layer, layers across."""
+    header = ("layer", *(str(index) for index in range(len(point.pairs))))
+    keys = ("keys", *(str(key) for key, _ in point.pairs))
+    values = ("values", *(str(value) for _, value in point.pairs))
+    return Table(header, (keys, values))
+
+
+def sensitivities(run: Run) -> tuple[Table, ...]:
+    """One table per domain: layers down, side and width across."""
+    return tuple(
+        Table(
+            ("layer", *grid.columns),
+            tuple(
+                (
+                    str(layer),
+                    *("" if value is None else numbers.significant(value) for value in row),
+                )
+                for layer, row in zip(grid.layers, grid.rows, strict=True)
+            ),
+            caption=f"{grid.domain}, KL in nats",
+        )
+        for grid in sensitivity_grids(run.sensitivity)
+    )
+
+
+def measured_on(run: Run) -> Table:
+    """Each data set the verification read, once, with how often it was used."""
+    uses: dict[tuple[str, ...], list[float]] = {}
+    for record in run.records:
+        key = tuple(_text(record.get(field)) for field in _DATA_FIELDS)
+        uses.setdefault(key, []).append(float(record.get("seconds") or 0.0))
+    used = [i for i in range(len(_DATA_FIELDS)) if any(key[i] for key in uses)]
+    header = (*(_DATA_FIELDS[i] for i in used), "measurements", "seconds")
+    rows = tuple(
+        (*(key[i] for i in used), numbers.count(len(seconds)), f"{sum(seconds):.0f}")
+        for key, seconds in uses.items()
+    )
+    return Table(header, rows)
+
+
+_DATA_FIELDS = ("data", "domain", "kind", "split", "checksum", "seed", "n", "num_tokens")
+
+
+def settings(run: Run) -> Table:
+    """Everything the study recorded about itself, but for the layers of the model."""
+    flat = _flatten(run.study)
+    return Table((), tuple((name, value) for name, value in flat if value))
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            rows += _flatten(item, f"{prefix}{key} ")
+        elif key != "layers":
+            rows.append((f"{prefix}{key}".replace("_", " "), _text(item)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value)
+    text = str(value)
+    is_checksum = len(text) >= 40 and all(char in "0123456789abcdef" for char in text)
+    return text[:CHECKSUM_DIGITS] if is_checksum else text
+
+
+def python_snippet(run: Run) -> str:
+    """Return the lines that run the chosen plan in Python."""
+    return (
+        "from kvbits import CachePlan\n\n"
+        f'plan = CachePlan.load("{run.path / "plan.json"}")\n'
+        "model.generate(**inputs, past_key_values=plan.new_cache(model))"
+    )
+
+
+def command_snippet(run: Run) -> str:
+    """Return the command that generates text with the chosen plan."""
+    plan = run.path / "plan.json"
+    return f'kvbits generate {model_name(run)} --plan {plan} --prompt "Once upon a time"'
