@@ -1,0 +1,1 @@
+"""Evaluation: generated tasks, and measurements through the deployed cache path."""

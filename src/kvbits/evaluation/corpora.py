@@ -1,0 +1,216 @@
+"""Building token sets from texts and from generated tasks, and the sets kvbits uses by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from kvbits.errors import CalibrationError
+from kvbits.evaluation.tasks import ArithmeticChain, KeyValueRecall, Passkey, Split, Task
+from kvbits.evaluation.texts import bundled_texts, read_texts
+from kvbits.evaluation.token_set import TokenSet, merge_sets, padded_set
+
+DataSplit = Literal["calibration", "heldout"]
+
+# Calibration draws from the generators' validation split, reporting from their test split.
+_TASK_SPLIT: dict[str, Split] = {"calibration": "valid", "heldout": "test"}
+
+
+class SetSize(NamedTuple):
+    """How large the default sets are; about 2000 to 3000 tokens are read per domain.
+
+    Attributes:
+        text_documents: windows of text.
+        text_tokens: tokens of each window.
+        reasoning_documents: arithmetic problems, about 200 tokens each.
+        recall_documents: key-value and pass key documents together.
+        recall_tokens: approximate tokens of each recall document.
+    """
+
+    text_documents: int = 4
+    text_tokens: int = 512
+    reasoning_documents: int = 12
+    recall_documents: int = 4
+    recall_tokens: int = 512
+
+
+def encode_document(tokenizer: Any, text: str) -> list[int]:
+    """Return a document's token ids, led by the BOS token where the tokenizer has one."""
+    ids = list(tokenizer(text)["input_ids"])
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of text that follows other text: no special tokens are added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def text_set(
+    tokenizer: Any,
+    texts: Iterable[str] | None = None,
+    *,
+    path: str | Path | None = None,
+    name: str = "text",
+    split: str = "heldout",
+    domain: str = "text",
+    documents: int | None = None,
+    max_tokens: int = 512,
+) -> TokenSet:
+    """Cut texts into windows of ``max_tokens`` and count every predicted token.
+
+    Each window begins with the BOS token where the tokenizer has one. With ``documents`` given,
+    the first windows of all texts are taken before any second window, so that a small set stays
+    varied.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the texts; give either these or ``path``.
+        path: a ``.txt`` or ``.jsonl`` file, or a folder of such files (see `read_texts`).
+        name: name of the set in tables.
+        split: which part of the data this is.
+        domain: the domain under which a tuner weighs it.
+        documents: number of windows, all if None.
+        max_tokens: tokens of a window at most, at least 2.
+
+    Raises:
+        CalibrationError: no text has two tokens, or there are fewer windows than ``documents``.
+    """
+    if (texts is None) == (path is None):
+        raise ValueError("texts must be given if and only if path is not, got both or neither")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+    found = read_texts(path) if path is not None else list(texts or ())
+    windows = _windows(tokenizer, found, max_tokens)
+    if not windows or (documents is not None and len(windows) < documents):
+        raise CalibrationError(
+            f"documents must be at most the number of windows of {max_tokens} tokens, "
+            f"got {documents} of {len(windows)} in {path or name}; give more text or ask for fewer"
+        )
+    return padded_set(tokenizer, name, domain, split, [([], ids) for ids in windows[:documents]])
+
+
+def task_set(
+    tokenizer: Any,
+    task: Task,
+    n: int,
+    *,
+    seed: int,
+    split: Split,
+    domain: str | None = None,
+    name: str | None = None,
+) -> TokenSet:
+    """Generate ``n`` examples of a task and count the tokens of the completions only.
+
+    Prompt and completion are tokenized apart, as in generation, so that the counted tokens are
+    the ones a model would have to produce.
+    """
+    pairs = [
+        (
+            encode_document(tokenizer, example.prompt),
+            encode_continuation(tokenizer, example.completion),
+        )
+        for example in task.generate(n, seed=seed, split=split)
+    ]
+    return padded_set(tokenizer, name or task.name, domain or task.name, split, pairs)
+
+
+def default_sets(
+    tokenizer: Any,
+    split: DataSplit = "calibration",
+    *,
+    size: SetSize | None = None,
+    seed: int = 0,
+    text: str | Path | Iterable[str] | None = None,
+) -> list[TokenSet]:
+    """Return the sets of the three domains ``text``, ``reasoning`` and ``recall``.
+
+    Text is the bundled sample of kvbits-tiny; the tasks are generated. Calibration and held-out
+    sets share no document, and no name, number, key or value of a task.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        split: ``calibration`` for choosing a plan, ``heldout`` for reporting on one.
+        size: documents and tokens of each domain.
+        seed: seed of the generated tasks.
+        text: a path, or texts, to use for the text domain in place of the bundled sample.
+    """
+    if split not in _TASK_SPLIT:
+        raise ValueError(f"split must be one of calibration, heldout, got {split!r}")
+    size = size or SetSize()
+    if text is None:
+        name, texts, path = f"selfsample_{split}", bundled_texts(split), None
+    elif isinstance(text, (str, Path)):
+        name, texts, path = Path(text).stem, None, text
+    else:
+        name, texts, path = "text", list(text), None
+    return [
+        text_set(
+            tokenizer,
+            texts,
+            path=path,
+            name=name,
+            split=split,
+            documents=size.text_documents,
+            max_tokens=size.text_tokens,
+        ),
+        _reasoning_set(tokenizer, split, size, seed),
+        _recall_set(tokenizer, split, size, seed),
+    ]
+
+
+def _reasoning_set(tokenizer: Any, split: str, size: SetSize, seed: int) -> TokenSet:
+    made = task_set(
+        tokenizer,
+        ArithmeticChain(),
+        size.reasoning_documents,
+        seed=seed,
+        split=_TASK_SPLIT[split],
+        domain="reasoning",
+    )
+    return made._replace(split=split)
+
+
+def _recall_set(tokenizer: Any, split: str, size: SetSize, seed: int) -> TokenSet:
+    def count(text: str) -> int:
+        return len(encode_continuation(tokenizer, text))
+
+    tasks: list[Task] = [
+        KeyValueRecall(num_pairs=max(2, size.recall_tokens // 15)),
+        Passkey(length=max(64, size.recall_tokens), count_tokens=count),
+    ]
+    shares = [(size.recall_documents + 1) // 2, size.recall_documents // 2]
+    sets = [
+        task_set(tokenizer, task, n, seed=seed, split=_TASK_SPLIT[split])
+        for task, n in zip(tasks, shares, strict=True)
+        if n
+    ]
+    return merge_sets(sets, name="key_value+passkey", domain="recall")._replace(split=split)
+
+
+def _windows(tokenizer: Any, texts: list[str], max_tokens: int) -> list[list[int]]:
+    """Cut every text into windows; first windows first."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    step = max_tokens - len(bos)
+    ranked = []
+    for index, text in enumerate(texts):
+        ids = encode_continuation(tokenizer, text)
+        ids = ids[len(bos) :] if bos and ids[:1] == bos else ids
+        for rank, start in enumerate(range(0, len(ids), step)):
+            ranked.append((rank, index, bos + ids[start : start + step]))
+    ranked.sort(key=lambda item: item[:2])
+    return [ids for _, _, ids in ranked if len(ids) >= 2]
+
+
+__all__ = [
+    "DataSplit",
+    "SetSize",
+    "TokenSet",
+    "default_sets",
+    "encode_continuation",
+    "encode_document",
+    "merge_sets",
+    "task_set",
+    "text_set",
+]

@@ -1,0 +1,271 @@
+"""How far a plan moves a model's predictions: forward KL, top-1 agreement, flips and perplexity.
+
+KL(full precision || quantized) of the next-token distribution, in nats, is the tuner's signal: it
+needs no labels, has little noise, and isolated layers' KLs nearly add up. Everything is measured
+through `stream.stream_logits`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kvbits.errors import CalibrationError
+from kvbits.evaluation.batching import batches, counted_logits, vocab_size
+from kvbits.evaluation.corpora import TokenSet
+from kvbits.evaluation.restart import Captured, LayerInputs, capturing
+from kvbits.evaluation.statistics import clustered_mean
+from kvbits.evaluation.stream import cache_nbytes, first_quantized_layer, new_cache
+
+if TYPE_CHECKING:
+    from kvbits.plan import CachePlan
+
+DEFAULT_MAX_BYTES = 2 * 1024**3
+_SLICE_VALUES = 2**22  # values of one softmax slice: 16 MiB in float32
+
+Progress = Callable[[int], None]
+
+
+class Reference(NamedTuple):
+    """A model's full-precision predictions on a token set, kept to compare many plans with.
+
+    Attributes:
+        checksum: checksum of the token set.
+        log_probs: one tensor ``[M, V]`` per batch of the set: float32 on the CPU, natural
+            logarithms, one row per counted prediction.
+        layer_inputs: what restarting needs, one per batch; None where it was not wanted or cannot
+            be had.
+        seconds: wall time.
+    """
+
+    checksum: str
+    log_probs: tuple[torch.Tensor, ...]
+    layer_inputs: tuple[LayerInputs | None, ...]
+    seconds: float
+
+
+class Divergence(NamedTuple):
+    """Distance of a plan from full precision over the counted tokens of a set.
+
+    Attributes:
+        kl_nats: mean forward KL per token.
+        kl_se: its standard error, clustered by document; nan for fewer than two documents.
+        top1_agreement: share of tokens where both models' likeliest next token is the same.
+        flips: share of tokens where exactly one of the two models' likeliest next token is the
+            true one.
+        perplexity: of the text under the plan.
+        perplexity_reference: of the text at full precision.
+        num_tokens: predictions that counted.
+        num_documents: documents with at least one of them.
+        seconds: wall time.
+        cache_bytes: bytes of the caches of one batch, at most.
+        document_kl_nats: mean KL of each document.
+        document_tokens: counted predictions of each document.
+    """
+
+    kl_nats: float
+    kl_se: float
+    top1_agreement: float
+    flips: float
+    perplexity: float
+    perplexity_reference: float
+    num_tokens: int
+    num_documents: int
+    seconds: float
+    cache_bytes: int = 0
+    document_kl_nats: tuple[float, ...] = ()
+    document_tokens: tuple[int, ...] = ()
+
+
+def reference_logits(
+    model: Any,
+    token_set: TokenSet,
+    *,
+    keep_layer_inputs: bool = True,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    progress: Progress | None = None,
+) -> Reference:
+    """Run a set at full precision and keep the log-probabilities of its counted predictions.
+
+    Args:
+        model: a causal language model of transformers.
+        token_set: the documents.
+        keep_layer_inputs: also keep the layers' inputs, so that plans with exact first layers run
+            faster.
+        max_bytes: most bytes to keep.
+        progress: called with the number of documents done.
+
+    Raises:
+        CalibrationError: it would take more than ``max_bytes``, or the model's logits are not
+            finite.
+    """
+    started = time.perf_counter()
+    _check_bytes(model, token_set, keep_layer_inputs, max_bytes)
+    kept, inputs = [], []
+    for batch in batches(token_set, vocab_size(model)):
+        log_probs = torch.empty(int(batch.counted.sum()), vocab_size(model))
+        with capturing(model) if keep_layer_inputs else nullcontext(Captured(0)) as captured:
+            for cells, _, logits in counted_logits(model, batch):
+                for part in _slices(len(cells), logits.shape[-1]):
+                    log_probs[cells[part]] = logits[part].float().log_softmax(-1).cpu()
+        _check_finite(log_probs, "the full-precision model")
+        kept.append(log_probs)
+        inputs.append(captured.collect())
+        if progress is not None:
+            progress(len(batch.rows))
+    return Reference(token_set.checksum, tuple(kept), tuple(inputs), time.perf_counter() - started)
+
+
+def measure(
+    model: Any,
+    plan: CachePlan | None,
+    token_set: TokenSet,
+    reference: Reference,
+    *,
+    progress: Progress | None = None,
+) -> Divergence:
+    """Measure how far a plan is from full precision on a token set.
+
+    Layers before the plan's first quantized layer are not run again if the reference holds layer
+    inputs.
+
+    Args:
+        model: the model that made the reference.
+        plan: the plan to measure; None measures full precision against itself.
+        token_set: the set that made the reference.
+        reference: from `reference_logits`.
+        progress: called with the number of documents done.
+
+    Raises:
+        CalibrationError: the logits under the plan are not finite.
+    """
+    if reference.checksum != token_set.checksum:
+        raise ValueError(
+            f"reference must be of token set {token_set.name!r} ({token_set.checksum[:12]}), "
+            f"got {reference.checksum[:12]}; make it with reference_logits(model, token_set)"
+        )
+    started = time.perf_counter()
+    start_layer = 0 if plan is None else first_quantized_layer(plan)
+    sums = torch.zeros(token_set.num_documents, len(_Sums._fields), dtype=torch.float64)
+    most_bytes = 0
+    for batch, log_probs, inputs in zip(
+        batches(token_set, vocab_size(model)),
+        reference.log_probs,
+        reference.layer_inputs,
+        strict=True,
+    ):
+        first = start_layer if inputs is not None else 0
+        cache = new_cache(model, plan)
+        for cells, targets, logits in counted_logits(
+            model, batch, plan, start_layer=first, layer_inputs=inputs, cache=cache
+        ):
+            values = _compare(log_probs, cells, targets, logits)
+            sums.index_add_(0, batch.documents[cells], values)
+        most_bytes = max(most_bytes, cache_nbytes(cache))
+        if progress is not None:
+            progress(len(batch.rows))
+    _check_finite(sums, "the model under the plan")
+    return _summary(sums, time.perf_counter() - started, most_bytes)
+
+
+class _Sums(NamedTuple):
+    """Columns of the per-document sums: one number per counted prediction, added up."""
+
+    kl: Any
+    agreement: Any
+    flip: Any
+    nll: Any
+    nll_reference: Any
+    count: Any
+
+
+def _compare(
+    log_probs: torch.Tensor, cells: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor
+) -> torch.Tensor:
+    """Return the `_Sums` columns of each prediction, float64 [M, 6], in slices of bounded size."""
+    rows = []
+    for part in _slices(len(cells), logits.shape[-1]):
+        new = logits[part].float().log_softmax(-1)
+        old = log_probs[cells[part]].to(new.device)
+        true = targets[part].to(new.device)[:, None]
+        best_old, best_new = old.argmax(-1), new.argmax(-1)
+        rows.append(
+            _Sums(
+                kl=forward_kl(old, new),
+                agreement=best_old == best_new,
+                flip=(best_old == true[:, 0]) != (best_new == true[:, 0]),
+                nll=-new.gather(-1, true)[:, 0],
+                nll_reference=-old.gather(-1, true)[:, 0],
+                count=torch.ones_like(best_old),
+            )
+        )
+    return torch.cat([torch.stack([x.double().cpu() for x in row], dim=1) for row in rows])
+
+
+def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Return KL(p || q) over the last axis, in nats, summed in float64.
+
+    sum(q - p - p * (log q - log p)): equal to sum(p * (log p - log q)) for distributions, but
+    every term is positive, and the rounding of the two normalisations cancels to second order,
+    which matters at 8 bits (KL near 1e-6).
+
+    Args:
+        log_p: ``[..., V]`` natural logarithms of p.
+        log_q: ``[..., V]`` natural logarithms of q.
+    """
+    p = log_p.exp()
+    return (log_q.exp() - p - p * (log_q - log_p)).sum(-1, dtype=torch.float64)
+
+
+def _summary(sums: torch.Tensor, seconds: float, most_bytes: int) -> Divergence:
+    column = _Sums(*sums[sums[:, -1] > 0].unbind(1))
+    kl, kl_se = clustered_mean(column.kl.tolist(), column.count.tolist())
+    total = float(column.count.sum())
+    return Divergence(
+        kl_nats=kl,
+        kl_se=kl_se,
+        top1_agreement=float(column.agreement.sum()) / total,
+        flips=float(column.flip.sum()) / total,
+        perplexity=math.exp(float(column.nll.sum()) / total),
+        perplexity_reference=math.exp(float(column.nll_reference.sum()) / total),
+        num_tokens=int(total),
+        num_documents=len(column.count),
+        seconds=seconds,
+        cache_bytes=most_bytes,
+        document_kl_nats=tuple((column.kl / column.count).tolist()),
+        document_tokens=tuple(int(n) for n in column.count.tolist()),
+    )
+
+
+def _slices(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    step = max(1, _SLICE_VALUES // vocab_size)
+    return (slice(start, start + step) for start in range(0, num_rows, step))
+
+
+def _check_bytes(model: Any, token_set: TokenSet, keep_inputs: bool, max_bytes: int) -> None:
+    num_tokens = token_set.num_tokens
+    if num_tokens == 0:
+        raise CalibrationError(
+            f"token set {token_set.name!r} must count at least one token, got 0"
+        )
+    needed = num_tokens * vocab_size(model) * 4
+    if keep_inputs:
+        config = model.config.get_text_config()
+        states = config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+        needed += token_set.input_ids.numel() * states
+    if needed > max_bytes:
+        raise CalibrationError(
+            f"the reference of {token_set.name!r} must take at most max_bytes={max_bytes}, "
+            f"got {needed} for {num_tokens} tokens of a vocabulary of {vocab_size(model)}; "
+            "use fewer or shorter documents, or raise max_bytes"
+        )
+
+
+def _check_finite(values: torch.Tensor, who: str) -> None:
+    if not bool(torch.isfinite(values.sum())):
+        raise CalibrationError(f"logits of {who} must be finite, got nan or infinity")

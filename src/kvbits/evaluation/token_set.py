@@ -1,0 +1,78 @@
+"""Token sets: the documents a measurement runs on, and which of their tokens count.
+
+A set is a plain pair of tensors with a checksum, so that a record can say exactly what was
+measured. Documents are padded on the right: under causal attention nothing that counts can see
+the padding, and no mask is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class TokenSet(NamedTuple):
+    """Documents of one domain as token ids.
+
+    Attributes:
+        name: short name for tables, for example ``selfsample_heldout``.
+        domain: ``text``, ``reasoning``, ``recall`` or a name of the caller's.
+        split: which part of the data this is, for example ``heldout``.
+        input_ids: ``[N, T]`` int64, padded on the right.
+        counted: ``[N, T]`` bool; True where the token is one whose prediction counts. The first
+            token of a document is never predicted, so column 0 is False.
+    """
+
+    name: str
+    domain: str
+    split: str
+    input_ids: torch.Tensor
+    counted: torch.Tensor
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return self.input_ids.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of predictions that count."""
+        return int(self.counted.sum())
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over the shape, the token ids and the counted positions, in hexadecimal."""
+        digest = hashlib.sha256(str(tuple(self.input_ids.shape)).encode())
+        digest.update(self.input_ids.to(torch.int64).cpu().contiguous().numpy().tobytes())
+        digest.update(self.counted.to(torch.uint8).cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def merge_sets(sets: Sequence[TokenSet], *, name: str, domain: str) -> TokenSet:
+    """Join sets of one split into one, padding to the longest."""
+    width = max(item.input_ids.shape[1] for item in sets)
+
+    def join(tensors: list[torch.Tensor]) -> torch.Tensor:
+        padded = [torch.nn.functional.pad(item, (0, width - item.shape[1])) for item in tensors]
+        return torch.cat(padded)
+
+    ids, counted = join([s.input_ids for s in sets]), join([s.counted for s in sets])
+    return TokenSet(name, domain, sets[0].split, ids, counted)
+
+
+def padded_set(
+    tokenizer: Any, name: str, domain: str, split: str, pairs: list[tuple[list[int], list[int]]]
+) -> TokenSet:
+    """Pad (uncounted, counted) id lists into a set; the first token of a document never counts."""
+    width = max(len(prompt) + len(rest) for prompt, rest in pairs)
+    fill = tokenizer.pad_token_id or 0
+    ids = torch.full((len(pairs), width), fill, dtype=torch.int64)
+    counted = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for row, (prompt, rest) in enumerate(pairs):
+        end = len(prompt) + len(rest)
+        ids[row, :end] = torch.tensor(prompt + rest)
+        counted[row, max(1, len(prompt)) : end] = True
+    return TokenSet(name, domain, split, ids, counted)
