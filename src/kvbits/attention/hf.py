@@ -1,8 +1,8 @@
 """The attention and mask functions registered with transformers, and how a model takes them.
 
 ``update()`` of a packed layer hands the model a ``StatesHandle``; the function registered here
-takes the packed states out of it. Without it (``enable`` not called, or a model that post-processes
-its keys) the handle materialises the dense tensors and the model's own attention runs.
+takes the packed states out of it. Without it (``enable`` not called, or a model that works on its
+keys first) the handle materialises the dense tensors and the model's own attention runs.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class StatesHandle(torch.Tensor):
     def __new__(cls, states: LayerStates, side: Side, dtype: torch.dtype) -> StatesHandle:
         tail = states.side(side).tail
         shape = (tail.shape[0], tail.shape[1], states.num_tokens, tail.shape[-1])
-        handle: StatesHandle = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        handle: StatesHandle = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=tail.device
         )
         handle.states, handle.side = states, side
@@ -178,11 +178,11 @@ class StatesHandle(torch.Tensor):
         """The dense tensor ``[B, H_kv, T, D]``."""
         return self.states.dense(self.side).to(self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StatesHandle({self.side}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks cls and func
         cls,
         func: Callable[..., Any],
         types: Sequence[type],

@@ -66,7 +66,7 @@ class PackedCacheLayer(DynamicLayer):  # type: ignore[misc]
         self.packed = PackedLayer(
             former.plan, layer_idx=former.layer_idx, quantize_prefill=former.quantize_prefill
         )
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]  # as the stock layer does
         self.is_initialized = False
 
     def activate_past_recording(self) -> None:
@@ -164,13 +164,13 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     @property
     def peak_nbytes(self) -> int:
-        """Most bytes held so far: layers fill one after another, each exact before it is packed."""
+        """Most bytes held so far: layers fill one by one, each exact before it is packed."""
         extra = [layer.peak_nbytes - layer.nbytes for layer in self.packed_layers.values()]
         return self.nbytes + max([0, *extra])
 
     @property
     def num_reencoded_tokens(self) -> int:
-        """Tokens, over layers and sides, that crops returned from packed blocks to the residual."""
+        """Tokens, over layers and sides, that crops returned from blocks to the residual."""
         return sum(layer.num_reencoded_tokens for layer in self.packed_layers.values())
 
     def set_padding(self, padding: Sequence[int] | Tensor) -> None:
@@ -205,17 +205,14 @@ def _declare_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return
     is_first = not any(layer.is_initialized for layer in cache.packed_layers.values())
-    inputs = next(
-        (kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None
-    )
-    if not is_first and (inputs is None or inputs.shape[1] == 1):
+    if not is_first and mask.shape[1] == cache.get_seq_length() + 1:
         return  # a decode step adds no padding; reading the mask would wait for the device
     real = mask.bool()
     padding = real.int().argmax(-1)
     if not bool((real.sum(-1) == real.shape[-1] - padding).all()):
         raise ValueError(
-            "attention_mask must be left-padded (zeros, then ones) with a packed cache, got a mask "
-            "with zeros after ones; pad prompts on the left"
+            "attention_mask must be left-padded (zeros, then ones) with a packed cache, got zeros "
+            "after ones; pad prompts on the left"
         )
     if is_first:
         cache.set_padding(padding)

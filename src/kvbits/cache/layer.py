@@ -52,9 +52,9 @@ class PackedLayer:
     Args:
         plan: How the layer is stored.
         layer_idx: Index in the model, for messages.
-        quantize_prefill: Whether a query of a multi-token update sees decoded states for what would
-            be packed by its step, as one-token decoding does, instead of the exact states of the
-            chunk it arrived in.
+        quantize_prefill: Whether a query of a multi-token update sees decoded states for what
+            would be packed by its step, as one-token decoding does, instead of the exact states of
+            the chunk it arrived in.
     """
 
     def __init__(
@@ -212,8 +212,8 @@ class PackedLayer:
     def _raise_if(self, is_bad: Tensor) -> None:
         if bool(is_bad):
             raise CalibrationError(
-                f"key and value states must be finite and at most 65504 in magnitude (layer "
-                f"{self.layer_idx}), got NaN, inf or a larger value; run the model in a wider dtype"
+                f"key and value states must be finite and at most 65504 in magnitude, got NaN, "
+                f"inf or more in layer {self.layer_idx}; run the model in a wider dtype"
             )
 
     # ----- views

@@ -208,9 +208,8 @@ class PageStore:
         self.device = device
 
     def export_pages(self) -> dict[str, Tensor]:
-        """The pages of every row, row after row, unwritten bytes zeroed: plane name to tensor."""
-        planes = self._gather(0, max(map(len, self._pages)))
-        return {name: self._zero_unwritten(name, plane) for name, plane in planes.items()}
+        """The pages of every row, each row padded to the longest: plane name to tensor."""
+        return self._gather(0, max(map(len, self._pages)))
 
     def import_pages(self, planes: dict[str, Tensor], lengths: Sequence[int]) -> None:
         """Fill an empty store with what ``export_pages`` returned for rows of ``lengths``."""
@@ -266,7 +265,7 @@ class PageStore:
         self._chunk_starts.append(begin)
         self._chunks.append(
             {
-                name: torch.empty((num_pages, *shape), dtype=dtype, device=self.device)
+                name: torch.zeros((num_pages, *shape), dtype=dtype, device=self.device)
                 for name, (shape, dtype) in self._plane_shapes().items()
             }
         )
@@ -308,7 +307,7 @@ class PageStore:
 
         Where a row has fewer pages, page 0 stands in.
         """
-        if len(self._chunks) == 1:
+        if len(self._chunks) == 1 and last <= self._block_table().shape[1]:
             ids = self._block_table()[:, first:last].flatten()
             return {name: plane.index_select(0, ids) for name, plane in self._chunks[0].items()}
         return self._gather_pages(
@@ -383,10 +382,8 @@ class PageStore:
             here: Tensor | slice = slice(None)
             if len(touched) > 1:
                 here = (local >= 0) & (local < len(plane))
-            where = (local[here], slice(None), slot[here])
-            if is_inner:
-                where = (local[here], slice(None), slice(None), slot[here])
-            plane[where] = flat[here].to(plane.dtype)
+            plane = plane.transpose(2, 3) if is_inner else plane
+            plane[local[here], :, slot[here]] = flat[here].to(plane.dtype)
 
     def _encoded(self, planes: dict[str, Tensor]) -> Encoded:
         """Codes and parameters ``[B, H, T, ...]`` of pages that came from ``_gather``."""
