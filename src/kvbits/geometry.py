@@ -1,8 +1,8 @@
 """What a model's KV cache looks like: layer types, key/value heads and head dimensions.
 
-Everything is read from the transformers config, the way the installed transformers reads it when it
-builds a cache, so that no table of model names is needed. ``fingerprint`` identifies the geometry: a
-plan made for one geometry is refused for another.
+Everything is read from the transformers config, the way the installed transformers reads it when
+it builds a cache, so that no table of model names is needed. ``fingerprint`` identifies the
+geometry: a plan made for one geometry is refused for another.
 """
 
 from __future__ import annotations
