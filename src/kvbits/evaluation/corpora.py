@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 from kvbits.errors import CalibrationError
 from kvbits.evaluation.tasks import ArithmeticChain, KeyValueRecall, Passkey, Split, Task
+from kvbits.evaluation.tasks.base import example_rng
+from kvbits.evaluation.tasks.recall import RecallTask
 from kvbits.evaluation.texts import bundled_texts, read_texts
-from kvbits.evaluation.token_set import TokenSet, merge_sets, padded_set
+from kvbits.evaluation.token_set import Segment, TokenSet, merge_sets, padded_set
 
 DataSplit = Literal["calibration", "heldout"]
 
@@ -31,7 +33,7 @@ class SetSize(NamedTuple):
     text_documents: int = 4
     text_tokens: int = 512
     reasoning_documents: int = 12
-    recall_documents: int = 4
+    recall_documents: int = 6
     recall_tokens: int = 512
 
 
@@ -88,7 +90,8 @@ def text_set(
             f"documents must be at most the number of windows of {max_tokens} tokens, "
             f"got {documents} of {len(windows)} in {path or name}; give more text or ask for fewer"
         )
-    return padded_set(tokenizer, name, domain, split, [([], ids) for ids in windows[:documents]])
+    chosen = [[Segment(ids, True)] for ids in windows[:documents]]
+    return padded_set(tokenizer, name, domain, split, chosen)
 
 
 def task_set(
@@ -106,14 +109,48 @@ def task_set(
     Prompt and completion are tokenized apart, as in generation, so that the counted tokens are
     the ones a model would have to produce.
     """
-    pairs = [
-        (
-            encode_document(tokenizer, example.prompt),
-            encode_continuation(tokenizer, example.completion),
-        )
+    documents = [
+        [
+            Segment(encode_document(tokenizer, example.prompt), False),
+            Segment(encode_continuation(tokenizer, example.completion), True),
+        ]
         for example in task.generate(n, seed=seed, split=split)
     ]
-    return padded_set(tokenizer, name or task.name, domain or task.name, split, pairs)
+    return padded_set(tokenizer, name or task.name, domain or task.name, split, documents)
+
+
+def recall_set(
+    tokenizer: Any,
+    task: RecallTask,
+    n: int,
+    *,
+    seed: int,
+    split: Split,
+    questions: int = 1,
+) -> TokenSet:
+    """Generate ``n`` contexts of a recall task, each with several questions, and count the answers.
+
+    One reading of a context then gives many counted tokens. A task may have fewer questions.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        task: the task.
+        n: number of contexts.
+        seed: seed of the generator.
+        split: split of the generator.
+        questions: questions asked on each context, at most.
+    """
+    documents = []
+    for index in range(n):
+        drawn = task.document(example_rng(task.name, split, seed, index), split, questions)
+        segments, lead = [], drawn.context
+        for number, (question, answer) in enumerate(drawn.turns):
+            encode = encode_continuation if number else encode_document
+            segments.append(Segment(encode(tokenizer, lead + question), False))
+            segments.append(Segment(encode_continuation(tokenizer, answer), True))
+            lead = "\n"
+        documents.append(segments)
+    return padded_set(tokenizer, task.name, "recall", split, documents)
 
 
 def default_sets(
@@ -176,13 +213,15 @@ def _recall_set(tokenizer: Any, split: str, size: SetSize, seed: int) -> TokenSe
     def count(text: str) -> int:
         return len(encode_continuation(tokenizer, text))
 
-    tasks: list[Task] = [
-        KeyValueRecall(num_pairs=max(2, size.recall_tokens // 15)),
+    tasks: list[RecallTask] = [
+        KeyValueRecall(
+            num_pairs=max(2, size.recall_tokens // 18)
+        ),  # leaves room for the questions
         Passkey(length=max(64, size.recall_tokens), count_tokens=count),
     ]
     shares = [(size.recall_documents + 1) // 2, size.recall_documents // 2]
     sets = [
-        task_set(tokenizer, task, n, seed=seed, split=_TASK_SPLIT[split])
+        recall_set(tokenizer, task, n, seed=seed, split=_TASK_SPLIT[split], questions=8)
         for task, n in zip(tasks, shares, strict=True)
         if n
     ]
@@ -211,6 +250,7 @@ __all__ = [
     "encode_continuation",
     "encode_document",
     "merge_sets",
+    "recall_set",
     "task_set",
     "text_set",
 ]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from kvbits.attention.hf import enable
 from kvbits.evaluation.restart import (
     LayerInputs,
     can_skip_in_chunks,
@@ -122,16 +123,8 @@ def attention_for(model: Any, plan: CachePlan | None) -> Iterator[None]:
     if plan is None:
         yield
         return
-    from kvbits import disable, enable
-
-    former = model.config._attn_implementation
-    enable(model)
-    is_new = model.config._attn_implementation != former
-    try:
+    with enable(model):
         yield
-    finally:
-        if is_new:
-            disable(model)
 
 
 def cache_nbytes(cache: Any) -> int:

@@ -14,6 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 
+class Segment(NamedTuple):
+    """A piece of a document: its tokens, and whether predicting them counts."""
+
+    ids: list[int]
+    is_counted: bool
+
+
 class TokenSet(NamedTuple):
     """Documents of one domain as token ids.
 
@@ -64,15 +71,24 @@ def merge_sets(sets: Sequence[TokenSet], *, name: str, domain: str) -> TokenSet:
 
 
 def padded_set(
-    tokenizer: Any, name: str, domain: str, split: str, pairs: list[tuple[list[int], list[int]]]
+    tokenizer: Any, name: str, domain: str, split: str, documents: Sequence[Sequence[Segment]]
 ) -> TokenSet:
-    """Pad (uncounted, counted) id lists into a set; the first token of a document never counts."""
-    width = max(len(prompt) + len(rest) for prompt, rest in pairs)
-    fill = tokenizer.pad_token_id or 0
-    ids = torch.full((len(pairs), width), fill, dtype=torch.int64)
-    counted = torch.zeros(len(pairs), width, dtype=torch.bool)
-    for row, (prompt, rest) in enumerate(pairs):
-        end = len(prompt) + len(rest)
-        ids[row, :end] = torch.tensor(prompt + rest)
-        counted[row, max(1, len(prompt)) : end] = True
+    """Pad documents into a set; the first token of a document never counts.
+
+    Args:
+        tokenizer: gives the padding token.
+        name: name of the set.
+        domain: its domain.
+        split: its split.
+        documents: each a sequence of segments, in order.
+    """
+    rows = [[token for segment in document for token in segment.ids] for document in documents]
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id or 0, dtype=torch.int64)
+    counted = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, (row, document) in enumerate(zip(rows, documents, strict=True)):
+        ids[index, : len(row)] = torch.tensor(row)
+        flags = [segment.is_counted for segment in document for _ in segment.ids]
+        counted[index, : len(row)] = torch.tensor(flags)
+    counted[:, 0] = False
     return TokenSet(name, domain, split, ids, counted)
