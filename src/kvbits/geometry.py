@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -100,7 +99,7 @@ class ModelGeometry(BaseModel):
             layers=tuple(map(_layer_geometry, layer_types, windows, layer_configs)),
         )
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the canonical JSON of all fields."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

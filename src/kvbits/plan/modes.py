@@ -29,8 +29,8 @@ class Settings(TypedDict, total=False):
     Keys:
         group_size: Values per scale: tokens for per-channel keys, channels for per-token codes.
             Default: all channels of a head for ``per_token``, 32 for ``kivi``.
-        value_group_size: The same for values alone; default ``group_size``. Where it does not
-            divide the head dimension of the ``kivi`` default, one scale serves the whole head.
+        value_group_size: The same for values alone. Default: ``group_size``; for ``kivi``, where
+            that does not divide the head dimension, one scale for the whole head.
         residual_length: Newest tokens kept exact; default 0 for ``per_token``, the key group
             for ``kivi``.
         sink_tokens: First tokens kept exact; default 0.
