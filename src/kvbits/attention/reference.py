@@ -140,6 +140,8 @@ def _is_decoded(states: LayerStates, side: Side, span: Span, num_rows: int) -> T
 
 def _masked(scores: Tensor, states: LayerStates, span: Span, mask: Tensor | None) -> Tensor:
     """Apply the mask to scores ``[B, H_kv, n, Q, t]``."""
+    if mask is None and states.num_queries == 1 and not any(states.padding):
+        return scores  # the newest token sees everything
     position = torch.arange(span.start, span.stop, device=scores.device)
     shift = torch.tensor(list(states.padding), device=scores.device)
     if mask is None:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,15 @@ def _value_positions(tokens: int) -> Tensor:
     """Position inside a page of each of its tokens, for values."""
     token = torch.arange(tokens)
     return token // 32 * 32 + token % 8 * 4 + token % 32 // 8
+
+
+class _Place(NamedTuple):
+    """Where some of the items of a write go: a chunk, and page and slot of each item in it."""
+
+    chunk: int
+    page: Tensor
+    slot: Tensor
+    items: Tensor | slice
 
 
 class PageStore:
@@ -345,45 +354,51 @@ class PageStore:
             self.lengths[row] += num_tokens
         if not self.codec.is_exact:
             codes = pack_bits(codes, self.codec.code_bits())
-        self._scatter("codes", codes, written, starts, 1, self._is_transposed)
+        places = self._places(written, starts, num_tokens, 1)
+        slots = [place._replace(slot=self._positions[place.slot]) for place in places]
+        self._scatter("codes", codes, slots, self._is_transposed)
         for spec in self._specs:
-            is_token = spec.axis == "token"
-            step = 1 if is_token else self.codec.block_tokens
-            self._scatter(spec.name, parameters[spec.name], written, starts, step, is_token)
+            values = parameters[spec.name]
+            if spec.axis == "token":
+                self._scatter(spec.name, values, places, True)
+            else:
+                blocks = self._places(written, starts, values.shape[2], self.codec.block_tokens)
+                self._scatter(spec.name, values, blocks, False)
 
-    def _scatter(
-        self,
-        name: str,
-        values: Tensor,
-        rows: list[int],
-        starts: list[int],
-        step: int,
-        is_inner: bool,
-    ) -> None:
-        """Write items ``[n, H, N, ...]``, each covering ``step`` tokens from ``starts`` on.
-
-        ``is_inner``: inside a page the items lie one axis further in, as transposed value codes
-        and per-token parameters do.
-        """
-        count, per_page = values.shape[2], self.page_tokens // step
+    def _places(self, rows: list[int], starts: list[int], count: int, step: int) -> list[_Place]:
+        """Where ``count`` items per row go, each covering ``step`` tokens from ``starts`` on."""
+        per_page = self.page_tokens // step
         first = torch.tensor([start // step for start in starts], device=self.device)
         item = first[:, None] + torch.arange(count, device=self.device)  # [n, N]
         table = self._block_table()[torch.tensor(rows, device=self.device)]
         page = table.gather(1, item // per_page).flatten()
         slot = (item % per_page).flatten()
-        if name == "codes":
-            slot = self._positions[slot]
+        touched = self._chunks_of(
+            page_id
+            for row, start in zip(rows, starts, strict=True)
+            for page_id in self._pages[row][start // self.page_tokens :]
+        )
+        places = []
+        for chunk in touched:
+            local = page - self._chunk_starts[chunk]
+            if len(touched) == 1:
+                return [_Place(chunk, local, slot, slice(None))]
+            size = len(self._chunks[chunk]["codes"])
+            (items,) = torch.nonzero((local >= 0) & (local < size), as_tuple=True)
+            places.append(_Place(chunk, local[items], slot[items], items))
+        return places
+
+    def _scatter(self, name: str, values: Tensor, places: list[_Place], is_inner: bool) -> None:
+        """Write items ``[n, H, N, ...]`` to one plane.
+
+        ``is_inner``: inside a page the items lie one axis further in, as transposed value codes
+        and per-token parameters do.
+        """
         flat = values.transpose(1, 2).flatten(0, 1)  # [n * N, H, ...]
-        last = -(-(max(starts) // step + count) // per_page)
-        touched = self._chunks_of(p for r in rows for p in self._pages[r][:last])
-        for index in touched if len(touched) > 1 else [touched[0]]:
-            local = page - self._chunk_starts[index]
-            plane = self._chunks[index][name]
-            here: Tensor | slice = slice(None)
-            if len(touched) > 1:
-                here = (local >= 0) & (local < len(plane))
+        for place in places:
+            plane = self._chunks[place.chunk][name]
             plane = plane.transpose(2, 3) if is_inner else plane
-            plane[local[here], :, slot[here]] = flat[here].to(plane.dtype)
+            plane[place.page, :, place.slot] = flat[place.items].to(plane.dtype)
 
     def _encoded(self, planes: dict[str, Tensor]) -> Encoded:
         """Codes and parameters ``[B, H, T, ...]`` of pages that came from ``_gather``."""
