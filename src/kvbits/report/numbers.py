@@ -30,7 +30,7 @@ def with_error(value: float, error: float) -> str:
     """Round value and standard error to the error's leading digit, two digits after a 1.
 
     >>> with_error(0.012345, 0.00067), with_error(0.012345, 0.00013)
-    ('0.0123 ± 0.0007', '0.01234 ± 0.00013')
+    ('0.0123 ± 0.0007', '0.01235 ± 0.00013')
     """
     if not (error > 0 and math.isfinite(error)):
         return significant(value)

@@ -1,0 +1,54 @@
+"""The ``kvbits`` command; one file per subcommand.
+
+Nothing here imports torch, transformers or the rest of kvbits: each command loads what it needs
+when it runs, so that ``kvbits --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvbits._version import __version__
+from kvbits.cli.evaluate import evaluate
+from kvbits.cli.failures import OneLineGroup
+from kvbits.cli.generate import generate
+from kvbits.cli.inspect import inspect
+from kvbits.cli.report import report
+from kvbits.cli.tune import tune
+
+app = typer.Typer(
+    cls=OneLineGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Find how few bits each layer of a KV cache needs, and run the model on that cache.",
+)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"kvbits {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+for command in (inspect, tune, generate, evaluate, report):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; the entry point ``kvbits``."""
+    app(prog_name="kvbits")

@@ -1,0 +1,169 @@
+"""``kvbits inspect``: what a model caches, and what a memory budget buys at which width."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from kvbits.cli.failures import one_line_errors
+from kvbits.cli.options import AsJson, Memory, Mode, ModelName, PlanPath, Verbose
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvbits.geometry import ModelGeometry
+    from kvbits.plan import CachePlan
+
+UNIFORM_PAIRS = ((16, 16), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
+DEFAULT_CONTEXT = 4096
+# Above this no budget is the limit any more; it also bounds the search for models without
+# full-attention layers, whose cache stops growing.
+MAX_TOKENS = 1 << 30
+
+
+class Offer(NamedTuple):
+    """What one plan costs, and what the budget buys with it."""
+
+    name: str
+    effective_bits: float
+    bytes_at_context: int
+    max_context: int | None
+    max_batch: int | None
+
+
+@one_line_errors
+def inspect(
+    model: ModelName,
+    plan: PlanPath = None,
+    memory: Memory = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per sequence; default: the model's maximum.")
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="Where the uniform plans share scales.")] = (
+        Mode.PER_TOKEN
+    ),
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show layers, cache bytes, and what a memory budget buys. Reads the config, no weights."""
+    from kvbits.cli.models import load_config
+    from kvbits.geometry import ModelGeometry
+
+    config = load_config(model)
+    geometry = ModelGeometry.from_config(config)
+    text_config = config.get_text_config(decoder=True)
+    tokens = context or getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    offers = [
+        _offer(name, each, tokens, memory) for name, each in _plans(config, mode.value, plan)
+    ]
+    if as_json:
+        typer.echo(json.dumps(_as_json(model, geometry, offers, tokens, memory), indent=2))
+    else:
+        _print(model, geometry, offers, tokens, memory)
+
+
+def _plans(config: Any, mode: Any, path: Path | None) -> list[tuple[str, CachePlan]]:
+    """Return the uniform plans the model's shapes allow, and the given one."""
+    from kvbits.plan import CachePlan
+
+    plans = []
+    for key, value in UNIFORM_PAIRS:
+        name = "16 bits" if key == 16 else f"K{key}V{value}"
+        plans.append((name, CachePlan.uniform(config, key, value, mode=mode)))
+    if path is not None:
+        given = CachePlan.load(path)
+        given.check(config)
+        plans.append((path.name, given))
+    return plans
+
+
+def _offer(name: str, plan: CachePlan, context: int, memory: int | None) -> Offer:
+    fits_context = fits_batch = None
+    if memory is not None:
+        fits_context = largest(lambda tokens: plan.bytes(tokens) <= memory)
+        fits_batch = largest(lambda rows: plan.bytes(context, rows) <= memory)
+    return Offer(name, plan.effective_bits, plan.bytes(context), fits_context, fits_batch)
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that fits, 0 if 1 does not, at most ``MAX_TOKENS``.
+
+    Page rounding makes bytes grow in steps, but never shrink, so bisection is exact.
+    """
+    low, high = 0, 1
+    while high < MAX_TOKENS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _layer_rows(geometry: ModelGeometry) -> list[tuple[str, ...]]:
+    """Return one row per run of equal layers: indices, type, heads, widths, how it is stored."""
+    rows: list[tuple[str, ...]] = []
+    start = 0
+    layers = geometry.layers
+    for index, layer in enumerate(layers):
+        if index + 1 < len(layers) and layers[index + 1] == layer:
+            continue
+        rows.append(
+            (
+                f"{start}" if start == index else f"{start}-{index}",
+                layer.layer_type,
+                str(layer.num_key_value_heads),
+                f"{layer.key_head_dim} / {layer.value_head_dim}",
+                f"{layer.values_per_token * 2:,}",
+                "packed" if layer.is_packable else "as transformers does",
+            )
+        )
+        start = index + 1
+    return rows
+
+
+def _as_json(
+    model: str, geometry: ModelGeometry, offers: list[Offer], context: int, memory: int | None
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "architecture": geometry.architecture,
+        "fingerprint": geometry.fingerprint,
+        "layers": [layer.model_dump(mode="json") for layer in geometry.layers],
+        "context": context,
+        "memory_bytes": memory,
+        "plans": [offer._asdict() for offer in offers],
+    }
+
+
+def _print(
+    model: str, geometry: ModelGeometry, offers: list[Offer], context: int, memory: int | None
+) -> None:
+    from kvbits.cli.output import console, size, table
+
+    heads = f"{geometry.num_attention_heads} query heads"
+    layers = table("layers", "type", "KV heads", "key / value width", "bytes/token", "stored")
+    for row in _layer_rows(geometry):
+        layers.add_row(*row)
+    console().print(f"{model}: {geometry.architecture}, {heads}", highlight=False)
+    console().print(layers)
+    columns = ["plan", "effective bits", f"cache at {context:,} tokens", "of 16 bits"]
+    if memory is not None:
+        columns += [f"tokens in {size(memory)}", f"sequences of {context:,}"]
+    costs = table(*columns)
+    for offer in offers:
+        share = offer.bytes_at_context / max(1, offers[0].bytes_at_context)
+        cells = [offer.name, f"{offer.effective_bits:.2f}", size(offer.bytes_at_context)]
+        cells.append(f"{100 * share:.0f} %")
+        if memory is not None:
+            cells += [_at_most(offer.max_context), _at_most(offer.max_batch)]
+        costs.add_row(*cells)
+    console().print(costs)
+
+
+def _at_most(count: int | None) -> str:
+    if count is None:
+        return ""
+    return "no limit" if count >= MAX_TOKENS // 2 else f"{count:,}"

@@ -1,0 +1,166 @@
+"""What ``kvbits evaluate`` does with a loaded model: measure, keep the rows, print them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from kvbits.cli.models import Loaded
+from kvbits.cli.output import console, progress_bars, size, table
+from kvbits.evaluation.accuracy import paired_difference, run_task
+from kvbits.evaluation.corpora import TokenSet, default_sets, text_set
+from kvbits.evaluation.divergence import measure, reference_logits
+from kvbits.evaluation.perplexity import perplexity
+from kvbits.evaluation.tasks import TASKS, Task
+from kvbits.plan import CachePlan
+
+
+class Row(NamedTuple):
+    """One line of the printed table: what, where, how much, and on how much data."""
+
+    measure: str
+    data: str
+    value: str
+    n: str
+
+
+def choose_tasks(names: Iterable[str]) -> list[Task]:
+    """Make the named tasks.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    chosen = []
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"--task must be among {', '.join(sorted(TASKS))}, got {name!r}")
+        chosen.append(TASKS[name]())
+    return chosen
+
+
+def choose_plan(
+    config: Any, path: Path | None, key_bits: int | None, value_bits: int | None, mode: Any
+) -> CachePlan | None:
+    """Return the plan asked for; None is full precision.
+
+    Raises:
+        ValueError: the options contradict each other.
+        PlanError: the plan does not fit the model.
+    """
+    if path is not None:
+        if key_bits is not None or value_bits is not None:
+            raise ValueError("--plan must be given without --key-bits and --value-bits, got both")
+        plan = CachePlan.load(path)
+        plan.check(config)
+        return plan
+    if key_bits is None and value_bits is None:
+        return None
+    if key_bits is None or value_bits is None:
+        raise ValueError("--key-bits and --value-bits must be given together, got one of them")
+    return CachePlan.uniform(config, key_bits, value_bits, mode=mode)
+
+
+class Measuring:
+    """A loaded model and a plan, and what was measured so far.
+
+    Args:
+        loaded: model and tokenizer.
+        plan: the plan; None measures full precision.
+        seed: seed of generated data.
+        output: file that each measurement is appended to, if any.
+    """
+
+    def __init__(
+        self, loaded: Loaded, plan: CachePlan | None, *, seed: int, output: Path | None
+    ) -> None:
+        self.loaded, self.plan, self.seed, self.output = loaded, plan, seed, output
+        self.rows: list[Row] = []
+        self.results: list[dict[str, Any]] = []
+
+    def default_sets(self) -> None:
+        """Measure on the held-out sets of the three default domains."""
+        for token_set in default_sets(self.loaded.tokenizer, "heldout", seed=self.seed):
+            self.token_set(token_set)
+
+    def text(self, path: Path, windows: int | None, window_tokens: int) -> None:
+        """Measure on the windows of a text file."""
+        made = text_set(
+            self.loaded.tokenizer,
+            path=path,
+            name=path.stem,
+            documents=windows,
+            max_tokens=window_tokens,
+        )
+        self.token_set(made)
+
+    def token_set(self, token_set: TokenSet) -> None:
+        """Measure divergence from full precision, or perplexity where there is no plan."""
+        model = self.loaded.model
+        if self.plan is None:
+            found = perplexity(model, token_set)
+            self._add("perplexity", token_set.name, f"{found.perplexity:.3f}", found.num_tokens)
+            self._keep("perplexity", token_set.name, found._asdict())
+            return
+        reference = reference_logits(model, token_set, keep_layer_inputs=False)
+        kl = measure(model, self.plan, token_set, reference)
+        name, n = token_set.name, kl.num_tokens
+        self._add("forward KL, nats", name, f"{kl.kl_nats:.5f} ± {kl.kl_se:.5f}", n)
+        self._add("top-1 agreement", name, f"{100 * kl.top1_agreement:.2f} %", n)
+        change = f"{kl.perplexity:.3f} (16 bits: {kl.perplexity_reference:.3f})"
+        self._add("perplexity", name, change, n)
+        self._keep("divergence", name, kl._asdict())
+
+    def task(self, task: Task, n: int, batch_size: int) -> None:
+        """Solve the problems at full precision and, with a plan, on its cache; compare in pairs."""
+        full = self._solve(task, n, batch_size, None)
+        share = f"{100 * full.accuracy:.1f} ± {100 * full.standard_error:.1f} %"
+        self._add("accuracy, 16 bits", task.name, share, n)
+        kept = {"full": full._asdict()}
+        if self.plan is not None:
+            packed = self._solve(task, n, batch_size, self.plan)
+            share = f"{100 * packed.accuracy:.1f} ± {100 * packed.standard_error:.1f} %"
+            self._add("accuracy, packed", task.name, share, n)
+            gap, low, high = (100 * value for value in paired_difference(packed, full)[:3])
+            self._add("difference, points", task.name, f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]", n)
+            self._add("cache of a batch", task.name, size(packed.cache_bytes), n)
+            kept |= {"packed": packed._asdict(), "difference_points": [gap, low, high]}
+        self._keep("accuracy", task.name, kept)
+
+    def _solve(self, task: Task, n: int, batch_size: int, plan: CachePlan | None) -> Any:
+        label = f"{task.name}, {'16 bits' if plan is None else 'packed'}"
+        with progress_bars() as bars:
+            bar = bars.add_task(label, total=n)
+            return run_task(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                task,
+                n=n,
+                seed=self.seed,
+                plan=plan,
+                batch_size=batch_size,
+                progress=lambda done: bars.advance(bar, done),
+            )
+
+    def _add(self, measure: str, data: str, value: str, n: int) -> None:
+        self.rows.append(Row(measure, data, value, f"{n:,}"))
+
+    def _keep(self, kind: str, data: str, values: dict[str, Any]) -> None:
+        self.results.append({"kind": kind, "data": data, "values": values})
+
+    def print(self, *, as_json: bool) -> None:
+        """Print everything measured."""
+        bits = 16.0 if self.plan is None else self.plan.effective_bits
+        name = "full precision" if self.plan is None else self.plan.describe()
+        if as_json:
+            found = {"model": self.loaded.name, "plan": name, "effective_bits": bits}
+            typer.echo(json.dumps(found | {"results": self.results}, indent=2))
+            return
+        rows = table("measure", "data", "value", "n")
+        for row in self.rows:
+            rows.add_row(*row)
+        console().print(f"{self.loaded.name}: {name}")
+        console().print(rows)

@@ -1,0 +1,99 @@
+"""``kvbits tune``: search a plan, verify it, and say how to use it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvbits.cli.failures import INTERRUPTED, fail, one_line_errors
+from kvbits.cli.options import DeviceName, Dtype, DtypeName, Mode, ModelName, Seed, Verbose
+
+
+class Strategy(StrEnum):
+    """How the search chooses among the measured pairs."""
+
+    EXACT = "exact"
+    NSGA2 = "nsga2"
+
+
+@one_line_errors
+def tune(
+    model: ModelName,
+    bits: Annotated[
+        float, typer.Option(min=2.0, max=16.0, help="Effective bits per value at most.")
+    ] = 4.5,
+    strategy: Annotated[Strategy, typer.Option(help="exact: integer programme.")] = Strategy.EXACT,
+    mode: Annotated[Mode, typer.Option(help="Where scales are shared.")] = Mode.PER_TOKEN,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task the front is verified on; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder; default runs/MODEL-MODE.")
+    ] = None,
+    seed: Seed = 0,
+    device: DeviceName = "auto",
+    dtype: DtypeName = Dtype.AUTO,
+    verbose: Verbose = False,
+) -> None:
+    """Find the bits of every layer. Stopped at any point, the same command goes on."""
+    run_dir = output or Path("runs") / f"{Path(model).name}-{mode.value}"
+    try:
+        _tune(model, run_dir, device, dtype.value, _settings(bits, strategy, mode, task, seed))
+    except KeyboardInterrupt:
+        fail(
+            f"stopped; results so far are in {run_dir}, and the same command continues from there",
+            INTERRUPTED,
+        )
+    _print_result(model, run_dir)
+
+
+def _settings(
+    bits: float, strategy: Strategy, mode: Mode, tasks: list[str] | None, seed: int
+) -> Any:
+    from kvbits.tuning.study import TuneSettings
+
+    given: dict[str, Any] = {"bits": bits, "strategy": strategy.value, "mode": mode.value}
+    if tasks:
+        given["tasks"] = tuple(name for item in tasks for name in item.split(","))
+    return TuneSettings(**given, seed=seed)
+
+
+def _tune(name: str, run_dir: Path, device: str, dtype: str, settings: Any) -> None:
+    from kvbits.cli.models import load_model
+    from kvbits.cli.output import StageBars
+    from kvbits.report.page import write_page
+    from kvbits.tuning import study
+
+    loaded = load_model(name, device, dtype)
+    with StageBars() as progress:
+        study.tune(loaded.model, loaded.tokenizer, settings, run_dir, progress)
+    write_page(run_dir)
+
+
+def _print_result(model: str, run_dir: Path) -> None:
+    """Print the tables of the page, and how to go on."""
+    from kvbits.cli.output import console
+    from kvbits.report import tables
+    from kvbits.report.collect import collect
+
+    run = collect(run_dir)
+    for shown in (tables.verified(run), tables.task_results(run)):
+        if shown.rows:
+            console().print(_as_rich(shown))
+    plan = run_dir / "plan.json"
+    lines = [f"plan    {plan}", f"page    {run_dir / 'report.html'}"]
+    prompt = '--prompt "The history of the"'
+    lines.append(f"use it  kvbits generate {model} --plan {plan} {prompt}")
+    typer.echo("\n".join(lines))
+
+
+def _as_rich(shown: Any) -> Any:
+    from kvbits.cli.output import table
+
+    made = table(*shown.header)
+    for index, row in enumerate(shown.rows):
+        made.add_row(*row, style="bold" if index in shown.highlighted else None)
+    return made
