@@ -105,7 +105,7 @@ def run_task(
 
 
 def paired_difference(a: Accuracy, b: Accuracy) -> Difference:
-    """Return the accuracy of ``a`` minus that of ``b`` on the same problems, with a 95 % interval."""
+    """Return ``a``'s accuracy minus ``b``'s on the same problems, with its 95 % interval."""
     if a.task != b.task:
         raise ValueError(f"a and b must be of the same task, got {a.task!r} and {b.task!r}")
     return paired_outcomes(a.correct, b.correct)

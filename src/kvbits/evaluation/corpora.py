@@ -11,7 +11,14 @@ from kvbits.evaluation.tasks import ArithmeticChain, KeyValueRecall, Passkey, Sp
 from kvbits.evaluation.tasks.base import example_rng
 from kvbits.evaluation.tasks.recall import RecallTask
 from kvbits.evaluation.texts import bundled_texts, read_texts
-from kvbits.evaluation.token_set import Segment, TokenSet, merge_sets, padded_set
+from kvbits.evaluation.token_set import (
+    Segment,
+    TokenSet,
+    encode_continuation,
+    encode_document,
+    merge_sets,
+    padded_set,
+)
 
 DataSplit = Literal["calibration", "heldout"]
 
@@ -35,18 +42,6 @@ class SetSize(NamedTuple):
     reasoning_documents: int = 12
     recall_documents: int = 6
     recall_tokens: int = 512
-
-
-def encode_document(tokenizer: Any, text: str) -> list[int]:
-    """Return a document's token ids, led by the BOS token where the tokenizer has one."""
-    ids = list(tokenizer(text)["input_ids"])
-    bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-def encode_continuation(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of text that follows other text: no special tokens are added."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def text_set(
@@ -128,7 +123,7 @@ def recall_set(
     split: Split,
     questions: int = 1,
 ) -> TokenSet:
-    """Generate ``n`` contexts of a recall task, each with several questions, and count the answers.
+    """Generate ``n`` contexts of a recall task with several questions each; the answers count.
 
     One reading of a context then gives many counted tokens. A task may have fewer questions.
 

@@ -9,44 +9,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kvbits.errors import CalibrationError
 from kvbits.evaluation.batching import batches, counted_logits, vocab_size
-from kvbits.evaluation.corpora import TokenSet
-from kvbits.evaluation.restart import Captured, LayerInputs, capturing
+from kvbits.evaluation.reference import (
+    Progress,
+    Reference,
+    check_finite,
+    reference_logits,
+    slices,
+)
 from kvbits.evaluation.statistics import clustered_mean
-from kvbits.evaluation.stream import cache_nbytes, first_quantized_layer, new_cache
+from kvbits.evaluation.stream import (
+    cache_nbytes,
+    first_quantized_layer,
+    new_cache,
+    skipped_nbytes,
+)
+from kvbits.evaluation.token_set import TokenSet
 
 if TYPE_CHECKING:
     from kvbits.plan import CachePlan
-
-DEFAULT_MAX_BYTES = 2 * 1024**3
-_SLICE_VALUES = 2**22  # values of one softmax slice: 16 MiB in float32
-
-Progress = Callable[[int], None]
-
-
-class Reference(NamedTuple):
-    """A model's full-precision predictions on a token set, kept to compare many plans with.
-
-    Attributes:
-        checksum: checksum of the token set.
-        log_probs: one tensor ``[M, V]`` per batch of the set: float32 on the CPU, natural
-            logarithms, one row per counted prediction.
-        layer_inputs: what restarting needs, one per batch; None where it was not wanted or cannot
-            be had.
-        seconds: wall time.
-    """
-
-    checksum: str
-    log_probs: tuple[torch.Tensor, ...]
-    layer_inputs: tuple[LayerInputs | None, ...]
-    seconds: float
 
 
 class Divergence(NamedTuple):
@@ -80,45 +65,6 @@ class Divergence(NamedTuple):
     cache_bytes: int = 0
     document_kl_nats: tuple[float, ...] = ()
     document_tokens: tuple[int, ...] = ()
-
-
-def reference_logits(
-    model: Any,
-    token_set: TokenSet,
-    *,
-    keep_layer_inputs: bool = True,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    progress: Progress | None = None,
-) -> Reference:
-    """Run a set at full precision and keep the log-probabilities of its counted predictions.
-
-    Args:
-        model: a causal language model of transformers.
-        token_set: the documents.
-        keep_layer_inputs: also keep the layers' inputs, so that plans with exact first layers run
-            faster.
-        max_bytes: most bytes to keep.
-        progress: called with the number of documents done.
-
-    Raises:
-        CalibrationError: it would take more than ``max_bytes``, or the model's logits are not
-            finite.
-    """
-    started = time.perf_counter()
-    _check_bytes(model, token_set, keep_layer_inputs, max_bytes)
-    kept, inputs = [], []
-    for batch in batches(token_set, vocab_size(model)):
-        log_probs = torch.empty(int(batch.counted.sum()), vocab_size(model))
-        with capturing(model) if keep_layer_inputs else nullcontext(Captured(0)) as captured:
-            for cells, _, logits in counted_logits(model, batch):
-                for part in _slices(len(cells), logits.shape[-1]):
-                    log_probs[cells[part]] = logits[part].float().log_softmax(-1).cpu()
-        _check_finite(log_probs, "the full-precision model")
-        kept.append(log_probs)
-        inputs.append(captured.collect())
-        if progress is not None:
-            progress(len(batch.rows))
-    return Reference(token_set.checksum, tuple(kept), tuple(inputs), time.perf_counter() - started)
 
 
 def measure(
@@ -166,10 +112,13 @@ def measure(
         ):
             values = _compare(log_probs, cells, targets, logits)
             sums.index_add_(0, batch.documents[cells], values)
-        most_bytes = max(most_bytes, cache_nbytes(cache))
+        held = cache_nbytes(cache)
+        if plan is not None:
+            held += skipped_nbytes(model, plan, first, batch.input_ids.numel())
+        most_bytes = max(most_bytes, held)
         if progress is not None:
             progress(len(batch.rows))
-    _check_finite(sums, "the model under the plan")
+    check_finite(sums, "the model under the plan")
     return _summary(sums, time.perf_counter() - started, most_bytes)
 
 
@@ -189,7 +138,7 @@ def _compare(
 ) -> torch.Tensor:
     """Return the `_Sums` columns of each prediction, float64 [M, 6], in slices of bounded size."""
     rows = []
-    for part in _slices(len(cells), logits.shape[-1]):
+    for part in slices(len(cells), logits.shape[-1]):
         new = logits[part].float().log_softmax(-1)
         old = log_probs[cells[part]].to(new.device)
         true = targets[part].to(new.device)[:, None]
@@ -242,30 +191,4 @@ def _summary(sums: torch.Tensor, seconds: float, most_bytes: int) -> Divergence:
     )
 
 
-def _slices(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    step = max(1, _SLICE_VALUES // vocab_size)
-    return (slice(start, start + step) for start in range(0, num_rows, step))
-
-
-def _check_bytes(model: Any, token_set: TokenSet, keep_inputs: bool, max_bytes: int) -> None:
-    num_tokens = token_set.num_tokens
-    if num_tokens == 0:
-        raise CalibrationError(
-            f"token set {token_set.name!r} must count at least one token, got 0"
-        )
-    needed = num_tokens * vocab_size(model) * 4
-    if keep_inputs:
-        config = model.config.get_text_config()
-        states = config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-        needed += token_set.input_ids.numel() * states
-    if needed > max_bytes:
-        raise CalibrationError(
-            f"the reference of {token_set.name!r} must take at most max_bytes={max_bytes}, "
-            f"got {needed} for {num_tokens} tokens of a vocabulary of {vocab_size(model)}; "
-            "use fewer or shorter documents, or raise max_bytes"
-        )
-
-
-def _check_finite(values: torch.Tensor, who: str) -> None:
-    if not bool(torch.isfinite(values.sum())):
-        raise CalibrationError(f"logits of {who} must be finite, got nan or infinity")
+__all__ = ["Divergence", "Reference", "forward_kl", "measure", "reference_logits"]

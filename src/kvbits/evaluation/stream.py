@@ -141,6 +141,19 @@ def cache_nbytes(cache: Any) -> int:
     return sum(state.nbytes for state in states)
 
 
+def skipped_nbytes(model: Any, plan: CachePlan, layers: int, num_tokens: int) -> int:
+    """Return the bytes that the first ``layers`` layers, exact and not run, would have held.
+
+    Args:
+        model: the model; its dtype is that of exact states.
+        plan: the plan.
+        layers: number of skipped layers.
+        num_tokens: cached tokens, over all rows.
+    """
+    values = sum(layer.values_per_token for layer in plan.model.layers[:layers])
+    return int(values * num_tokens * model.dtype.itemsize)
+
+
 def first_quantized_layer(plan: CachePlan) -> int:
     """Return the index of the first layer that is not exact; 0 if all are exact."""
     return next((i for i, layer in enumerate(plan.layers) if not layer.is_exact), 0)
@@ -196,5 +209,6 @@ __all__ = [
     "first_quantized_layer",
     "layer_list",
     "new_cache",
+    "skipped_nbytes",
     "stream_logits",
 ]

@@ -58,6 +58,18 @@ class TokenSet(NamedTuple):
         return digest.hexdigest()
 
 
+def encode_document(tokenizer: Any, text: str) -> list[int]:
+    """Return a document's token ids, led by the BOS token where the tokenizer has one."""
+    ids = list(tokenizer(text)["input_ids"])
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of text that follows other text: no special tokens are added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def merge_sets(sets: Sequence[TokenSet], *, name: str, domain: str) -> TokenSet:
     """Join sets of one split into one, padding to the longest."""
     width = max(item.input_ids.shape[1] for item in sets)
