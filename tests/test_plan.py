@@ -20,7 +20,7 @@ from kvbits.codecs import Affine, Identity
 from kvbits.errors import PlanError
 from kvbits.geometry import LayerGeometry, ModelGeometry
 from kvbits.layer_plan import HeadGroup, LayerPlan
-from kvbits.plan import MODES, WIDTHS, Dataset, Metric, Provenance, loading
+from kvbits.plan import MODES, WIDTHS, Dataset, Metric, Provenance, files
 from kvbits.plan.cache_plan import SCHEMA_VERSION
 
 FULL = LayerGeometry(
@@ -290,7 +290,7 @@ REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
         lambda data: data["layers"].append(EXTRA_LAYER),
         r"^layers must have 4 entries, .* got 5; remove the extra layers$",
     ),
-    ("no layers at all", edit("layers", to=[]), r"^layers must"),
+    ("no layers at all", edit("layers", to=[]), r"^layers must have at least 1 entries, got 0$"),
     ("layers of the wrong shape", edit("layers", to={}), r"^layers must be .*, got \{\}$"),
     ("layer that is no object", edit("layers", 0, to=4), r"^layers\[0\] must be .*, got 4$"),
     ("missing field", edit("model", remove=True), r"^model must be given, got nothing$"),
@@ -435,7 +435,7 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 def test_huge_file_is_refused_unread(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
     with path.open("wb") as file:
-        file.truncate(loading.MAX_FILE_BYTES + 1)
+        file.truncate(files.MAX_FILE_BYTES + 1)
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("the file was read"))
     with pytest.raises(PlanError, match=r"at most 16777216 bytes, got .* with 16777217$"):
         CachePlan.load(path)

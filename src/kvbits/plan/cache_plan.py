@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
@@ -15,7 +13,7 @@ from kvbits._version import __version__
 from kvbits.errors import PlanError
 from kvbits.geometry import ModelGeometry
 from kvbits.layer_plan import LayerPlan
-from kvbits.plan import fitting, kvtuner, loading, modes
+from kvbits.plan import files, fitting, kvtuner, loading, modes, summary
 from kvbits.plan.modes import EXACT_BITS, Mode, Pair, Settings
 from kvbits.plan.provenance import Metric, Provenance
 
@@ -179,7 +177,7 @@ class CachePlan(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a reader sees the old file or the new one, never a part."""
-        _write_atomically(Path(path), self.model_dump_json(indent=2) + "\n")
+        files.write_text(Path(path), self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CachePlan:
@@ -188,7 +186,7 @@ class CachePlan(BaseModel):
         Raises:
             PlanError: If the file is not a valid plan; one sentence says where and why.
         """
-        return cls.from_json(loading.read_text(Path(path)), source=str(path))
+        return cls.from_json(files.read_text(Path(path)), source=str(path))
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "text") -> CachePlan:
@@ -211,7 +209,7 @@ class CachePlan(BaseModel):
             PlanError: If a layer keeps a side exact, which KVTuner cannot express.
         """
         mode = self.provenance.mode if self.provenance else None
-        _write_atomically(Path(path), kvtuner.write(self.layers, self.model, mode))
+        files.write_text(Path(path), kvtuner.write(self.layers, self.model, mode))
 
     # ----- use
 
@@ -307,12 +305,8 @@ class CachePlan(BaseModel):
 
     def describe(self) -> str:
         """One line such as ``K8V4 0-3; K4V2 4-11; 4.12 effective bits``."""
-        names: dict[str, list[int]] = {}
-        for index, (plan, layer) in enumerate(zip(self.layers, self.model.layers, strict=True)):
-            name = _layer_name(plan) if layer.is_packable else f"stock {layer.layer_type}"
-            names.setdefault(name, []).append(index)
-        parts = [f"{name} {_ranges(indices)}" for name, indices in names.items()]
-        return "; ".join([*parts, f"{self.effective_bits:.2f} effective bits"])
+        bits = f"{self.effective_bits:.2f} effective bits"
+        return "; ".join([*summary.layer_parts(self.layers, self.model), bits])
 
     def __str__(self) -> str:
         return self.describe()
@@ -330,38 +324,7 @@ def _model_id(config: Any) -> str | None:
     return Path(name).resolve().name if Path(name).exists() else str(name)
 
 
-def _layer_name(plan: LayerPlan) -> str:
-    return "/".join(f"K{group.key.bits}V{group.value.bits}" for group in plan.groups)
-
-
-def _ranges(indices: list[int]) -> str:
-    """``[0, 1, 2, 5]`` to ``0-2,5``."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and parts[-1][-1] == index - 1:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
-
-
 def _check_size(context: int, batch: int) -> None:
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

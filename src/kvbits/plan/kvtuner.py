@@ -18,7 +18,8 @@ import yaml
 from kvbits.errors import PlanError
 from kvbits.geometry import ModelGeometry
 from kvbits.layer_plan import LayerPlan
-from kvbits.plan.loading import read_text, shorten
+from kvbits.plan.files import read_text
+from kvbits.plan.loading import shorten
 from kvbits.plan.modes import EXACT_BITS, WIDTHS, Pair
 
 _KEYS = ("nbits_key", "nbits_value")

@@ -1,45 +1,16 @@
-"""Reading plan files: a refusal is one sentence that names the field, the rule and the value."""
+"""Strict parsing of plans: a refusal is one sentence that names the field, the rule, the value."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from kvbits.errors import PlanError
 
-MAX_FILE_BYTES = 16 * 2**20  # a plan of 1000 layers with 64 head groups each is about 10 MB
 MAX_VALUE_CHARACTERS = 60
-
-
-def read_text(path: Path) -> str:
-    """Read a small UTF-8 file.
-
-    Raises:
-        PlanError: If it is missing, is not a file, is larger than 16 MiB or is not UTF-8.
-    """
-    try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise PlanError(f"path must name a plan file, got {str(path)!r}, which is not a file")
-        if size > MAX_FILE_BYTES:
-            raise PlanError(
-                f"path must name a plan file of at most {MAX_FILE_BYTES} bytes, "
-                f"got {str(path)!r} with {size}"
-            )
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PlanError(
-            f"path must name a UTF-8 text file, got {str(path)!r} with byte "
-            f"{error.object[error.start]:#04x} at {error.start}"
-        ) from None
-    except OSError as error:
-        raise PlanError(
-            f"path must name a readable plan file, got {str(path)!r} ({error.strerror})"
-        ) from None
 
 
 def parse_object(text: str, source: str) -> dict[str, Any]:
@@ -93,7 +64,7 @@ def one_sentence(error: ValidationError) -> str:
     context = detail.get("ctx", {})
     value = shorten(detail["input"])
     if kind == "extra_forbidden":
-        return f"{field} must not be given, got {value}; no such field exists in this schema"
+        return f"{field} must not be given, got {value}; no such field exists, so remove it"
     if kind == "missing":
         return f"{field} must be given, got nothing"
     if kind == "union_tag_not_found":
@@ -104,6 +75,9 @@ def one_sentence(error: ValidationError) -> str:
             f"{field}.kind must be one of {kinds}, got {context['tag']!r}; "
             "a newer kvbits may know it"
         )
+    if kind == "too_short":
+        least = context["min_length"]
+        return f"{field} must have at least {least} entries, got {context['actual_length']}"
     if kind in ("value_error", "assertion_error"):
         return f"{field}: {context['error']}" if field else str(context["error"])
     rule = detail["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
