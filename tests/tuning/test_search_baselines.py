@@ -6,6 +6,14 @@ from kvbits.tuning.search import baselines
 from kvbits.tuning.search.exact import solve
 
 
+def best_uniform(problem, bits):
+    return baselines.best(baselines.uniform(problem), bits)
+
+
+def best_ladder(problem, bits):
+    return baselines.best(baselines.ladders(problem), bits)
+
+
 def test_uniform_plans_come_smallest_first_with_honest_sizes(problem):
     plans = baselines.uniform(problem)
     sizes = [plan.effective_bits for _, plan in plans]
@@ -15,14 +23,14 @@ def test_uniform_plans_come_smallest_first_with_honest_sizes(problem):
 
 
 def test_best_uniform_fits_and_is_the_least_loss(problem):
-    name, plan = baselines.best_uniform(problem, 4.0)
+    name, plan = best_uniform(problem, 4.0)
     fitting = [p.loss for _, p in baselines.uniform(problem) if p.effective_bits <= 4.0]
     assert plan.loss == min(fitting)
     assert plan.effective_bits == 3.5, name
 
 
 def test_ladder_is_high_at_the_ends_and_low_between(problem):
-    name, plan = baselines.best_ladder(problem, 4.0)
+    name, plan = best_ladder(problem, 4.0)
     inner = plan.choice[1:-1]
     assert plan.effective_bits <= 4.0
     assert len(set(plan.choice)) == 2, name
@@ -46,14 +54,14 @@ def test_random_plans_differ_by_seed(problem):
 def test_no_baseline_beats_the_integer_programme(problem):
     best = problem.allocation(solve(problem, problem.costs.budget(4.0))).loss
     rivals = [
-        baselines.best_uniform(problem, 4.0)[1],
-        baselines.best_ladder(problem, 4.0)[1],
+        best_uniform(problem, 4.0)[1],
+        best_ladder(problem, 4.0)[1],
         *(baselines.random_plan(problem, 4.0, seed=s) for s in range(20)),
     ]
     assert all(best <= rival.loss * (1 + 1e-6) for rival in rivals)
 
 
 def test_budgets_below_every_plan_give_none(problem):
-    assert baselines.best_uniform(problem, 2.0) is None
-    assert baselines.best_ladder(problem, 2.0) is None
+    assert best_uniform(problem, 2.0) is None
+    assert best_ladder(problem, 2.0) is None
     assert baselines.random_plan(problem, 2.0, seed=0) is None

@@ -7,14 +7,17 @@ picks the best member for the comparison, as it does for the search.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 
 from kvbits.tuning.search.exact import Problem
 from kvbits.tuning.tables import Allocation
 
+Named: TypeAlias = tuple[str, Allocation]
 
-def uniform(problem: Problem) -> list[tuple[str, Allocation]]:
+
+def uniform(problem: Problem) -> list[Named]:
     """Return every uniform plan, named ``K4V2``, smallest first."""
     layers = problem.costs.units.shape[0]
     plans = [
@@ -24,22 +27,12 @@ def uniform(problem: Problem) -> list[tuple[str, Allocation]]:
     return sorted(plans, key=lambda named: named[1].effective_bits)
 
 
-def best_uniform(problem: Problem, bits: float) -> tuple[str, Allocation] | None:
-    """Return the uniform plan of least predicted loss within ``bits``, or None where none fits."""
-    return _best(uniform(problem), bits)
+def ladders(problem: Problem) -> Iterator[Named]:
+    """Yield every ladder: the first ``a`` and the last ``b`` layers at one pair, the rest cheaper.
 
-
-def best_ladder(problem: Problem, bits: float) -> tuple[str, Allocation] | None:
-    """Return the ladder of least predicted loss within ``bits``, or None where none fits.
-
-    A ladder keeps the first ``a`` and the last ``b`` layers at one pair and all others at a
-    cheaper one: the rule of thumb that engines offer as "skip the first and last layers".
-    Here ``a`` and ``b`` are free (the usual symmetric ladder is among them).
+    The rule of thumb that engines offer as "skip the first and last layers". Here ``a`` and ``b``
+    are free; the usual symmetric ladders are among them.
     """
-    return _best(_ladders(problem), bits)
-
-
-def _ladders(problem: Problem) -> Iterator[tuple[str, Allocation]]:
     costs = problem.costs
     layers = costs.units.shape[0]
     totals = costs.units.sum(axis=0)
@@ -80,7 +73,8 @@ def random_plan(problem: Problem, bits: float, *, seed: int) -> Allocation | Non
         left -= int(steps[layer])
 
 
-def _best(plans: Iterable[tuple[str, Allocation]], bits: float) -> tuple[str, Allocation] | None:
+def best(plans: Iterable[Named], bits: float) -> Named | None:
+    """Return the plan of least predicted loss within ``bits``, or None where none fits."""
     fitting = [(name, plan) for name, plan in plans if plan.effective_bits <= bits + 1e-9]
     if not fitting:
         return None

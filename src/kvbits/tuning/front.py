@@ -1,0 +1,194 @@
+"""Writing what a study found: ``front.json`` for people and pages, ``plan.json`` to run.
+
+Neither holds a time or a duration: the same study writes the same bytes, however often it was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kvbits.evaluation.corpora import TokenSet
+from kvbits.plan import CachePlan, Dataset, Metric, Provenance
+from kvbits.tuning.rivals import Entry
+from kvbits.tuning.search.exact import Problem
+from kvbits.tuning.sensitivity import Meter, rounded
+from kvbits.tuning.settings import TuneSettings
+from kvbits.tuning.tables import Allocation
+from kvbits.tuning.verify import Pairs, Verifier
+
+SCHEMA_VERSION = 1
+
+
+class Findings(NamedTuple):
+    """A finished study before it is written."""
+
+    settings: TuneSettings
+    problem: Problem
+    domains: tuple[str, ...]
+    entries: Sequence[Entry]
+    front: Sequence[Allocation]
+    chosen: Allocation
+    verifier: Verifier
+
+    @property
+    def meter(self) -> Meter:
+        return self.verifier.meter
+
+    def pairs(self, plan: Allocation) -> Pairs:
+        """Return the plan's pair for every layer of the model."""
+        return tuple(self.meter.every_pair(self.problem.costs.pairs_of(plan.choice)))
+
+    def is_chosen(self, entry: Entry) -> bool:
+        """Whether this is the plan the search chose (a rival may equal it)."""
+        is_searched = entry.origin == self.settings.strategy
+        return is_searched and entry.allocation.choice == self.chosen.choice
+
+
+def front_document(findings: Findings) -> dict[str, Any]:
+    """Return ``front.json``: the verified plans, and the rest of the front as predicted."""
+    settings = findings.settings
+    verified = {e.allocation.choice for e in findings.entries if e.origin == settings.strategy}
+    rest = [
+        Entry(f"{settings.strategy} {plan.effective_bits:.2f}", settings.strategy, plan)
+        for plan in findings.front
+        if plan.choice not in verified
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "context": settings.context or settings.report_context,
+        "budget_counted_at": settings.context,
+        "mode": settings.mode,
+        "strategy": settings.strategy,
+        "objective": settings.objective,
+        "budget_bits": settings.bits,
+        "normalised_by": dict(
+            zip(findings.domains, map(rounded, findings.problem.norms), strict=True)
+        ),
+        "points": [_point(findings, entry) for entry in [*findings.entries, *rest]],
+        "comparisons": _comparisons(findings),
+    }
+
+
+def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
+    pairs = findings.pairs(entry.allocation)
+    plan = findings.meter.plan(pairs)
+    context = findings.settings.context or findings.settings.report_context
+    predicted = entry.allocation.predicted_kl
+    measured = findings.verifier.kl(pairs)
+    return {
+        "name": entry.name,
+        "origin": entry.origin,
+        "pairs": [list(pair) for pair in pairs],
+        "effective_bits": rounded(plan.effective_bits),
+        "effective_bits_at_context": rounded(plan.effective_bits_at(context)),
+        "loss": rounded(entry.allocation.loss),
+        "predicted_kl": dict(zip(findings.domains, map(rounded, predicted), strict=True)),
+        "measured_kl": {d: {"value": r["kl_nats"], "se": r["kl_se"]} for d, r in measured.items()}
+        or None,
+        "tasks": _tasks(findings, pairs) or None,
+        "chosen": findings.is_chosen(entry),
+    }
+
+
+def _full(findings: Findings) -> Pairs:
+    return findings.pairs(next(e.allocation for e in findings.entries if e.origin == "full"))
+
+
+def _tasks(findings: Findings, pairs: Pairs) -> dict[str, Any]:
+    verifier, full, found = findings.verifier, _full(findings), {}
+    for name in verifier.tasks.names:
+        record = verifier.task(pairs, name)
+        if record is None:
+            continue
+        found[name] = {"accuracy": record["accuracy"], "se": record["accuracy_se"]}
+        found[name]["n"] = record["n"]
+        if pairs != full:
+            difference = verifier.task_difference(pairs, full, name)
+            found[name] |= {k: rounded(v) for k, v in difference._asdict().items()}
+        else:
+            found[name] |= {"difference": None, "low": None, "high": None}
+    return found
+
+
+def _comparisons(findings: Findings) -> list[dict[str, Any]]:
+    """The chosen plan's KL minus each rival's within the budget, paired by document."""
+    chosen = findings.pairs(findings.chosen)
+    found = []
+    for entry in findings.entries:
+        is_rival = entry.origin in ("uniform", "ladder", "random")
+        if not is_rival or not entry.fits(findings.settings.bits):
+            continue
+        rival = findings.pairs(entry.allocation)
+        found += [
+            {
+                "baseline": entry.name,
+                "origin": entry.origin,
+                "baseline_effective_bits": rounded(entry.allocation.effective_bits),
+                "domain": domain,
+                **_finite(findings.verifier.kl_difference(chosen, rival, domain)),
+            }
+            for domain in findings.domains
+        ]
+    return found
+
+
+def _finite(difference: Any) -> dict[str, float | None]:
+    return {k: None if math.isnan(v) else rounded(v) for k, v in difference._asdict().items()}
+
+
+def plan_with_account(
+    findings: Findings, calibration: Sequence[TokenSet], versions: Mapping[str, str]
+) -> CachePlan:
+    """Return the chosen plan with how it was made and what was measured on held-out data."""
+    pairs = findings.pairs(findings.chosen)
+    provenance = Provenance(
+        method=findings.settings.strategy,
+        mode=findings.settings.mode,
+        datasets=tuple(dataset(token_set) for token_set in calibration),
+        seed=findings.settings.seed,
+        versions=dict(versions),
+    )
+    metrics = [*_kl_metrics(findings, pairs), *_task_metrics(findings, pairs)]
+    return findings.meter.plan(pairs).with_provenance(provenance).with_metrics(metrics)
+
+
+def dataset(token_set: TokenSet) -> Dataset:
+    """Describe a token set for a plan file."""
+    return Dataset(
+        name=token_set.name,
+        checksum=token_set.checksum,
+        split=token_set.split,
+        domain=token_set.domain,
+        num_documents=token_set.num_documents,
+        num_tokens=token_set.num_tokens,
+    )
+
+
+def _kl_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:
+    return [
+        Metric(
+            name="kl_nats",
+            value=record["kl_nats"],
+            standard_error=record["kl_se"],
+            dataset=dataset(findings.meter.token_sets[domain]),
+            num_samples=record["n"],
+        )
+        for domain, record in findings.verifier.kl(pairs).items()
+    ]
+
+
+def _task_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:
+    records = {n: findings.verifier.task(pairs, n) for n in findings.verifier.tasks.names}
+    return [
+        Metric(
+            name=f"{name}_accuracy",
+            value=record["accuracy"],
+            standard_error=record["accuracy_se"],
+            num_samples=record["n"],
+        )
+        for name, record in records.items()
+        if record is not None
+    ]

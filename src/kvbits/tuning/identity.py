@@ -1,0 +1,69 @@
+"""What makes a study this study: its settings, its data, the model and its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+
+from kvbits._version import __version__
+from kvbits.evaluation.corpora import TokenSet
+from kvbits.geometry import ModelGeometry
+from kvbits.plan import CachePlan
+from kvbits.tuning.settings import TuneSettings
+
+LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "optuna")
+
+
+class Data(NamedTuple):
+    """Token sets to tune on and, of the same domains, to verify on."""
+
+    calibration: Sequence[TokenSet]
+    heldout: Sequence[TokenSet]
+
+
+def identity(model: Any, settings: TuneSettings, data: Data) -> dict[str, Any]:
+    """Return ``study.json``: all that a resumed run must share with the one that began.
+
+    Versions and the time of creation are for the reader and are not compared.
+    """
+    geometry = ModelGeometry.from_config(model.config)
+    return {
+        "schema_version": 1,
+        "model_id": CachePlan.uniform(model.config, 16, 16).model_id,
+        "mode": settings.mode,
+        "settings": settings.model_dump(mode="json"),
+        "data": {
+            split: {token_set.domain: token_set.checksum for token_set in token_sets}
+            for split, token_sets in data._asdict().items()
+        },
+        "model": {
+            "architecture": geometry.architecture,
+            "fingerprint": geometry.fingerprint,
+            "weights": weights_checksum(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "layers": [layer.model_dump(mode="json") for layer in geometry.layers],
+        },
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of kvbits and of the libraries that results depend on."""
+    return {"kvbits": __version__, **{name: version(name) for name in LIBRARIES}}
+
+
+def weights_checksum(model: Any, values_per_tensor: int = 4096) -> str:
+    """Return a SHA-256 over evenly spaced values of every parameter: cheap for any model size."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // values_per_tensor)].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""Which plans are verified: the front near what matters, and at every such size its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from kvbits.tuning.search import baselines
+from kvbits.tuning.search.baselines import Named
+from kvbits.tuning.search.exact import Problem
+from kvbits.tuning.tables import Allocation
+
+
+class Entry(NamedTuple):
+    """One plan to verify."""
+
+    name: str
+    origin: str  # exact, nsga2, uniform, ladder, random or full
+    allocation: Allocation
+    measures_tasks: bool = False
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Order of preference: least calibration loss, then least size."""
+        return self.allocation.loss, self.allocation.effective_bits
+
+    def fits(self, bits: float) -> bool:
+        """Whether the plan stores at most ``bits`` effective bits."""
+        return self.allocation.effective_bits <= bits + 1e-9
+
+
+def choose(front: Sequence[Allocation], bits: float) -> Allocation | None:
+    """Return the plan of least calibration loss within the budget, the smaller of equals."""
+    fitting = [Entry("", "", plan) for plan in front if Entry("", "", plan).fits(bits)]
+    return min(fitting, key=lambda entry: entry.rank).allocation if fitting else None
+
+
+def list_entries(
+    problem: Problem,
+    front: Sequence[Allocation],
+    *,
+    strategy: str,
+    bits: float,
+    random_seeds: Sequence[int],
+) -> list[Entry]:
+    """List what to verify: the front and the best ladder at the budget and at the size of each
+    uniform plan, the uniform plans, and random plans that fill the budget.
+
+    Uniform plans that another beats in both size and predicted loss are left out. Tasks are
+    measured at full precision, on the chosen plan, and on the best baseline of each kind within
+    the budget, "best" by calibration data alone.
+    """
+    uniform = _undominated(baselines.uniform(problem))
+    sizes = sorted({*(plan.effective_bits for _, plan in uniform[:-1]), bits})
+    listed = [
+        Entry("full precision", "full", uniform[-1][1], measures_tasks=True),
+        *_searched(front, strategy, bits, sizes),
+        *(Entry(name, "uniform", plan) for name, plan in uniform[:-1]),
+        *_ladders(problem, sizes),
+        *_random(problem, bits, random_seeds),
+    ]
+    return _with_tasks(listed, bits)
+
+
+def _undominated(plans: Iterable[Named]) -> list[Named]:
+    """Keep the Pareto set, smallest first, and always the largest plan: full precision."""
+    ordered = sorted(plans, key=lambda named: (named[1].effective_bits, named[1].loss))
+    kept = ordered[:1]
+    for named in ordered[1:-1]:
+        if named[1].loss < kept[-1][1].loss:
+            kept.append(named)
+    return [*kept, ordered[-1]]
+
+
+def _searched(
+    front: Sequence[Allocation], strategy: str, bits: float, sizes: Iterable[float]
+) -> list[Entry]:
+    """The best plan within every size, and the chosen plan's neighbours on the front."""
+    picked = {plan.choice: plan for size in sizes if (plan := choose(front, size)) is not None}
+    above = [plan for plan in front if plan.effective_bits > bits + 1e-9]
+    below = [plan for plan in front if plan.effective_bits <= bits + 1e-9][:-1]
+    for plan in (*above[:1], *below[-1:]):
+        picked.setdefault(plan.choice, plan)
+    ordered = sorted(picked.values(), key=lambda plan: plan.effective_bits)
+    return [Entry(f"{strategy} {plan.effective_bits:.2f}", strategy, plan) for plan in ordered]
+
+
+def _ladders(problem: Problem, sizes: Iterable[float]) -> list[Entry]:
+    family = list(baselines.ladders(problem))
+    found = {}
+    for size in sizes:
+        best = baselines.best(family, size)
+        if best is not None:
+            found[best[1].choice] = Entry(best[0], "ladder", best[1])
+    return list(found.values())
+
+
+def _random(problem: Problem, bits: float, seeds: Sequence[int]) -> list[Entry]:
+    plans = [baselines.random_plan(problem, bits, seed=seed) for seed in seeds]
+    return [
+        Entry(f"random {number}", "random", plan)
+        for number, plan in enumerate(plans, start=1)
+        if plan is not None
+    ]
+
+
+def _with_tasks(listed: Sequence[Entry], bits: float) -> list[Entry]:
+    best: dict[str, int] = {}
+    for index, entry in enumerate(listed):
+        if entry.fits(bits):
+            held = best.setdefault(entry.origin, index)
+            if entry.rank < listed[held].rank:
+                best[entry.origin] = index
+    return [
+        entry._replace(measures_tasks=entry.measures_tasks or index in best.values())
+        for index, entry in enumerate(listed)
+    ]

@@ -1,0 +1,95 @@
+"""Everything that decides what a study measures and finds; stored in ``study.json``."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kvbits.evaluation.corpora import SetSize
+from kvbits.evaluation.tasks import TASKS
+from kvbits.plan import MODES, WIDTHS
+from kvbits.tuning.tables import EXACT_BITS
+
+
+class TuneSettings(BaseModel):
+    """Settings of one study; immutable. Two studies with equal settings give equal results.
+
+    Attributes:
+        bits: Budget in effective bits: stored bits per value, metadata included.
+        strategy: ``exact`` solves the additive model; ``nsga2`` measures every trial.
+        mode: ``per_token`` or ``kivi``.
+        widths: Candidate code widths; every pair of them is a candidate, and 16 for both sides.
+        objective: ``minimax`` minimises the worst normalised domain, ``sum`` the weighted mean.
+        domain_weights: Weights of text, reasoning and recall for ``sum``; equal by default.
+        context: Tokens of one sequence at which sizes are counted, residual and page rounding
+            included; None counts what one more token of a long context adds.
+        report_context: Tokens at which the front also states each plan's size.
+        seed: Of the generated documents, NSGA-II and the random plans.
+        text: Path of calibration text; the bundled sample by default.
+        heldout_text: Path of the text to verify on; the bundled held-out sample by default.
+        text_documents: Windows of text per split.
+        text_tokens: Tokens of a window.
+        reasoning_documents: Arithmetic problems per split.
+        recall_documents: Recall documents per split.
+        recall_tokens: Approximate tokens of a recall document.
+        trials: Trials of ``nsga2``.
+        population: Population of ``nsga2``.
+        random_plans: Random plans to compare with.
+        tasks: Tasks run on full precision, the chosen plan and the best rivals.
+        task_n: Problems per task; 0 runs none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: float = Field(default=4.0, gt=0, le=EXACT_BITS)
+    strategy: Literal["exact", "nsga2"] = "exact"
+    mode: Literal["per_token", "kivi"] = "per_token"
+    widths: tuple[int, ...] = (8, 4, 2)
+    objective: Literal["minimax", "sum"] = "minimax"
+    domain_weights: tuple[float, ...] | None = None
+    context: int | None = Field(default=None, ge=1)
+    report_context: int = Field(default=4096, ge=1)
+    seed: int = Field(default=0, ge=0)
+    text: str | None = None
+    heldout_text: str | None = None
+    text_documents: int = Field(default=4, ge=1)
+    text_tokens: int = Field(default=512, ge=2)
+    reasoning_documents: int = Field(default=12, ge=1)
+    recall_documents: int = Field(default=4, ge=1)
+    recall_tokens: int = Field(default=512, ge=64)
+    trials: int = Field(default=100, ge=1)
+    population: int = Field(default=20, ge=2)
+    random_plans: int = Field(default=3, ge=0)
+    tasks: tuple[str, ...] = ("arithmetic",)
+    task_n: int = Field(default=32, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        packed = sorted(set(WIDTHS) - {EXACT_BITS})
+        for width in self.widths:
+            if width not in packed:
+                raise ValueError(f"widths must be among {packed}, got {width}")
+        if not self.widths or len(set(self.widths)) < len(self.widths):
+            raise ValueError(f"widths must be given, each once, got {self.widths}")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"tasks must be among {', '.join(sorted(TASKS))}, got {task!r}")
+        if (self.text is None) != (self.heldout_text is None):
+            raise ValueError(
+                "text and heldout_text must be given together, got one of them; a plan must be "
+                "verified on text it was not tuned on, of the same kind"
+            )
+        assert self.mode in MODES
+        return self
+
+    @property
+    def sizes(self) -> SetSize:
+        """Documents and tokens of the default token sets."""
+        return SetSize(
+            text_documents=self.text_documents,
+            text_tokens=self.text_tokens,
+            reasoning_documents=self.reasoning_documents,
+            recall_documents=self.recall_documents,
+            recall_tokens=self.recall_tokens,
+        )

@@ -1,0 +1,158 @@
+"""Verification: the front and its rivals measured end to end on data no search has seen.
+
+The search chose by estimates on calibration data and nothing here changes its choice, so that the
+held-out numbers of the chosen plan are not the best of many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from kvbits.evaluation.accuracy import run_task
+from kvbits.evaluation.statistics import Difference, paired_difference, paired_mean_difference
+from kvbits.evaluation.tasks import TASKS
+from kvbits.plan import Pair
+from kvbits.tuning.progress import Progress
+from kvbits.tuning.rivals import Entry
+from kvbits.tuning.rundir import RunDir
+from kvbits.tuning.sensitivity import Meter, rounded, rounded_or_none
+
+RECORDS = "verify.jsonl"
+
+Pairs: TypeAlias = tuple[Pair, ...]
+Key: TypeAlias = tuple[Pairs, str]
+"""A plan, as a pair for every layer, and the domain or task it was measured on."""
+
+
+class TaskSettings(NamedTuple):
+    """Tasks that the chosen plan, full precision and the best rivals are run on."""
+
+    names: tuple[str, ...]
+    n: int
+    seed: int
+
+
+class Verifier:
+    """Measures plans on held-out data; every measurement is one line of ``verify.jsonl``.
+
+    Args:
+        meter: The model with the held-out token sets.
+        tokenizer: The model's tokenizer.
+        tasks: What to run besides KL.
+        run: Where the records are, and go.
+    """
+
+    def __init__(self, meter: Meter, tokenizer: Any, tasks: TaskSettings, run: RunDir) -> None:
+        self.meter, self.tokenizer, self.tasks, self.run = meter, tokenizer, tasks, run
+        self.records: dict[Key, Mapping[str, Any]] = {}
+        for record in run.records(RECORDS):
+            self._file(record)
+
+    def run_all(self, plans: Sequence[tuple[Entry, Pairs]], progress: Progress) -> None:
+        """Measure what is not recorded yet: KLs of all plans, tasks of those that ask for them.
+
+        Equal plans are measured once. Full precision has no KL to itself.
+        """
+        names = self.tasks.names if self.tasks.n else ()
+        steps: list[tuple[Key, Entry, Callable[[Entry, Key], dict[str, Any]]]] = []
+        for entry, pairs in plans:
+            if entry.origin != "full":
+                steps += [((pairs, d), entry, self._measure_kl) for d in self.meter.token_sets]
+        for entry, pairs in plans:
+            if entry.measures_tasks:
+                steps += [((pairs, name), entry, self._measure_task) for name in names]
+        progress.start("verification", len(steps))
+        for key, entry, measure in steps:
+            if key not in self.records:
+                record = measure(entry, key)
+                self.run.append(RECORDS, record)
+                self._file(record)
+            progress.advance()
+        progress.finish()
+
+    def kl(self, pairs: Pairs) -> dict[str, Mapping[str, Any]]:
+        """Return the KL records of a plan by domain; empty where it was not measured."""
+        keys = {domain: (pairs, domain) for domain in self.meter.token_sets}
+        return {name: self.records[key] for name, key in keys.items() if key in self.records}
+
+    def task(self, pairs: Pairs, name: str) -> Mapping[str, Any] | None:
+        """Return the record of a plan on a task, if it was run."""
+        return self.records.get((pairs, name))
+
+    def kl_difference(self, a: Pairs, b: Pairs, domain: str) -> Difference:
+        """Return KL of ``a`` minus that of ``b`` over the same documents, with a 95 % interval."""
+        first, second = self.records[a, domain], self.records[b, domain]
+        return paired_mean_difference(
+            first["document_kl_nats"], second["document_kl_nats"], first["document_tokens"]
+        )
+
+    def task_difference(self, a: Pairs, b: Pairs, name: str) -> Difference:
+        """Return accuracy of ``a`` minus that of ``b`` on the same problems, 95 % interval."""
+        return paired_difference(
+            self.records[a, name]["correct"], self.records[b, name]["correct"]
+        )
+
+    def _file(self, record: Mapping[str, Any]) -> None:
+        pairs = tuple((int(key), int(value)) for key, value in record["pairs"])
+        self.records[pairs, record["domain"] or record["task"]] = record
+
+    def _measure_kl(self, entry: Entry, key: Key) -> dict[str, Any]:
+        pairs, domain = key
+        token_set = self.meter.token_sets[domain]
+        result = self.meter.divergence(pairs, domain)
+        return {
+            "kind": "kl",
+            "name": entry.name,
+            "origin": entry.origin,
+            "pairs": pairs,
+            "effective_bits": self.meter.plan(pairs).effective_bits,
+            "domain": domain,
+            "task": None,
+            "data": token_set.name,
+            "split": token_set.split,
+            "checksum": token_set.checksum,
+            "num_tokens": result.num_tokens,
+            "n": result.num_documents,
+            "kl_nats": rounded(result.kl_nats),
+            "kl_se": rounded_or_none(result.kl_se),
+            "top1_agreement": rounded(result.top1_agreement),
+            "flips": rounded(result.flips),
+            "perplexity": rounded(result.perplexity),
+            "perplexity_reference": rounded(result.perplexity_reference),
+            "document_kl_nats": [rounded(value) for value in result.document_kl_nats],
+            "document_tokens": list(result.document_tokens),
+            "cache_bytes": result.cache_bytes,
+            "seconds": round(result.seconds, 3),
+        }
+
+    def _measure_task(self, entry: Entry, key: Key) -> dict[str, Any]:
+        pairs, name = key
+        is_full = entry.origin == "full"
+        result = run_task(
+            self.meter.model,
+            self.tokenizer,
+            TASKS[name](),
+            n=self.tasks.n,
+            seed=self.tasks.seed,
+            split="test",
+            plan=None if is_full else self.meter.plan(pairs),
+        )
+        return {
+            "kind": "task",
+            "name": entry.name,
+            "origin": entry.origin,
+            "pairs": pairs,
+            "effective_bits": self.meter.plan(pairs).effective_bits,
+            "domain": None,
+            "task": name,
+            "data": name,
+            "split": "test",
+            "seed": self.tasks.seed,
+            "n": result.n,
+            "accuracy": rounded(result.accuracy),
+            "accuracy_se": rounded(result.standard_error),
+            "correct": list(result.correct),
+            "cache_bytes": result.cache_bytes,
+            "seconds": round(result.seconds, 3),
+        }

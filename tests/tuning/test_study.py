@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvbits.errors import RecordError, UnsupportedModelError
+from kvbits.evaluation.corpora import TokenSet
+from kvbits.plan import CachePlan
+from kvbits.tuning import Data, Silent, TuneSettings, tune
+from kvbits.tuning.identity import weights_checksum
+
+EXACT = TuneSettings(bits=4.5, tasks=("passkey",), task_n=2, random_plans=2, widths=(4, 2))
+NSGA2 = EXACT.model_copy(update={"strategy": "nsga2", "trials": 14, "population": 4})
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+def random_set(domain: str, split: str, seed: int) -> TokenSet:
+    ids = torch.randint(1, 257, (2, 40), generator=torch.Generator().manual_seed(seed))
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    counted[:, : 1 if domain == "text" else 30] = False
+    return TokenSet(f"{domain}_{split}", domain, split, ids, counted)
+
+
+@pytest.fixture(scope="module")
+def data():
+    domains = ("text", "recall")
+    return Data(
+        [random_set(domain, "calibration", seed) for seed, domain in enumerate(domains)],
+        [random_set(domain, "heldout", seed + 9) for seed, domain in enumerate(domains)],
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(model, tokenizer, data, tmp_path_factory):
+    """One uninterrupted run of each strategy."""
+    runs = {}
+    for settings in (EXACT, NSGA2):
+        path = tmp_path_factory.mktemp(settings.strategy)
+        runs[settings.strategy] = tune(model, tokenizer, settings, path, data=data)
+    return runs
+
+
+class Killer:
+    """Progress that kills its process, as ``kill -9`` would, at the n-th step of a stage."""
+
+    def __init__(self, stage: str, step: int, torn: str | None = None) -> None:
+        self.stage, self.left, self.torn = stage, step, torn
+        self.now = ""
+
+    def start(self, stage: str, total: int) -> None:
+        self.now = stage
+        self.advance(0)
+
+    def advance(self, steps: int = 1) -> None:
+        if self.now == self.stage:
+            self.left -= steps
+            if self.left <= 0:
+                if self.torn:
+                    with Path(self.torn).open("a") as handle:
+                        handle.write('{"layer": 1, "si')
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def finish(self) -> None:
+        if self.now == self.stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_killed(*args, progress, data) -> None:
+    """Tune in a forked process that ends by SIGKILL; a fork spares importing torch again."""
+    process = multiprocessing.get_context("fork").Process(
+        target=tune, args=(*args, progress), kwargs={"data": data}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("settings", "points"),
+    [
+        (EXACT, [("attention errors", 2), ("sensitivity", 5), ("verification", 4)]),
+        (EXACT, [("attention errors", 99), ("sensitivity", 99), ("verification", 99)]),
+        (NSGA2, [("sensitivity", 0), ("search", 6), ("search", 11), ("verification", 3)]),
+    ],
+)
+def test_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
+    settings, points, finished, model, tokenizer, data, tmp_path
+):
+    files = {"sensitivity": "sensitivity.jsonl", "search": "search.jsonl"}
+    for stage, step in points:
+        torn = str(tmp_path / files.get(stage, "verify.jsonl"))
+        killer = Killer(stage, step, torn)
+        run_until_killed(model, tokenizer, settings, tmp_path, progress=killer, data=data)
+        assert not (tmp_path / "plan.json").exists()
+    tune(model, tokenizer, settings, tmp_path, data=data)
+    whole = finished[settings.strategy].run_dir
+    for name in ("plan.json", "front.json", "pruned.json", "errors.jsonl"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_finished_run_is_only_read_again(finished, model, tokenizer, data):
+    result = finished["exact"]
+    before = {path.name: path.stat().st_size for path in result.run_dir.iterdir()}
+    again = tune(model, tokenizer, EXACT, result.run_dir, data=data)
+    assert {path.name: path.stat().st_size for path in result.run_dir.iterdir()} == before
+    assert again.plan == result.plan
+
+
+@pytest.mark.parametrize("strategy", ["exact", "nsga2"])
+def test_plan_fits_the_budget_and_tells_where_it_came_from(finished, strategy, model):
+    plan = CachePlan.load(finished[strategy].run_dir / "plan.json")
+    plan.check(model.config)
+    assert plan.effective_bits <= 4.5
+    assert plan.provenance.method == strategy
+    assert [d.split for d in plan.provenance.datasets] == ["calibration"] * 2
+    assert plan.provenance.created is None
+    assert {(m.name, m.dataset.split) for m in plan.metrics if m.dataset} == {
+        ("kl_nats", "heldout")
+    }
+
+
+def test_front_holds_measured_rivals_of_every_kind(finished):
+    front = finished["exact"].front
+    points = front["points"]
+    measured = {point["origin"] for point in points if point["measured_kl"]}
+    assert measured == {"exact", "uniform", "ladder", "random"}
+    chosen = [point for point in points if point["chosen"]]
+    assert len(chosen) == 1
+    assert chosen[0]["effective_bits"] <= front["budget_bits"]
+    assert {p["origin"] for p in points if p["tasks"]} >= {"full", "exact", "uniform", "ladder"}
+    assert chosen[0]["tasks"]["passkey"].keys() == {
+        "accuracy", "se", "n", "difference", "low", "high",
+    }  # fmt: skip
+
+
+def test_sizes_in_the_front_are_those_of_the_plans(finished, model):
+    for point in finished["exact"].front["points"]:
+        plan = CachePlan.from_pairs(model.config, point["pairs"])
+        assert point["effective_bits"] == pytest.approx(plan.effective_bits, rel=1e-5)
+        assert point["effective_bits_at_context"] > 0
+        if point["origin"] in ("exact", "random"):
+            assert point["effective_bits"] <= 16
+
+
+def test_measured_kl_of_the_exact_front_falls_with_its_size(finished):
+    """Random weights still give KLs that fall with bits; 2 and 4 bits differ by a factor of 20."""
+    points = [p for p in finished["exact"].front["points"] if p["origin"] == "exact"]
+    measured = [p for p in points if p["measured_kl"]]
+    first, last = measured[0], measured[-1]
+    assert first["effective_bits"] < last["effective_bits"]
+    assert first["measured_kl"]["text"]["value"] > last["measured_kl"]["text"]["value"]
+
+
+def test_report_can_read_the_run(finished):
+    from kvbits.report.collect import collect
+
+    run = collect(finished["exact"].run_dir)
+    assert run.missing == ()
+    assert run.chosen is not None
+    assert run.domains == ("text", "recall")
+
+
+def test_no_time_stands_in_the_results(finished):
+    for name in ("plan.json", "front.json"):
+        text = (finished["exact"].run_dir / name).read_text()
+        document = json.loads(text)
+        assert "seconds" not in text
+        assert document.get("provenance", {}).get("created") is None
+
+
+def test_other_settings_and_other_models_are_refused(finished, model, tokenizer, data):
+    path = finished["exact"].run_dir
+    with pytest.raises(RecordError, match=r"another bits \(4.5 there, 5.0 now\)"):
+        tune(model, tokenizer, EXACT.model_copy(update={"bits": 5.0}), path, data=data)
+    other = AutoModelForCausalLM.from_config(model.config).eval()
+    with pytest.raises(RecordError, match="another weights"):
+        tune(other, tokenizer, EXACT, path, data=data)
+    with pytest.raises(RecordError, match="another text"):
+        tune(model, tokenizer, EXACT, path, data=Data(data.heldout, data.calibration))
+
+
+def test_budget_below_the_smallest_plan_is_refused(model, tokenizer, data, tmp_path):
+    settings = TuneSettings(bits=2.2)
+    with pytest.raises(ValueError, match=r"bits must be at least 3.00 effective bits.*got 2.2"):
+        tune(model, tokenizer, settings, tmp_path, data=data)
+
+
+def test_model_without_a_packable_layer_is_refused(tokenizer, data, tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="must have a full attention layer"):
+        tune(MistralForCausalLM(config), tokenizer, EXACT, tmp_path, data=data)
+
+
+def test_kivi_mode_counts_the_residual_at_a_context(model, tokenizer, data, tmp_path):
+    settings = EXACT.model_copy(
+        update={"mode": "kivi", "context": 512, "task_n": 0, "random_plans": 0}
+    )
+    result = tune(model, tokenizer, settings, tmp_path, Silent(), data=data)
+    assert result.plan.effective_bits_at(512) <= 4.5
+    assert result.plan.effective_bits < result.plan.effective_bits_at(512)
+    assert result.plan.layers[0].residual_length == 32
+
+
+def test_weights_checksum_sees_one_changed_weight_and_no_order(model):
+    before = weights_checksum(model)
+    parameter = next(iter(model.parameters()))
+    with torch.no_grad():
+        parameter.view(-1)[0] += 1
+        changed = weights_checksum(model)
+        parameter.view(-1)[0] -= 1
+    assert changed != before
+    assert weights_checksum(model) == before
