@@ -91,6 +91,29 @@ def all_points(rng: random.Random) -> list[dict]:
     return [*points, full]
 
 
+def comparisons(points: list[dict]) -> list[dict]:
+    """The chosen plan minus each baseline within its budget, with a made-up interval."""
+    chosen = next(p for p in points if p["chosen"])
+    found = []
+    for rival in points:
+        if rival["origin"] not in {"uniform", "ladder", "random"} or rival["effective_bits"] > 4.5:
+            continue
+        for domain in DOMAINS:
+            gap = chosen["measured_kl"][domain]["value"] - rival["measured_kl"][domain]["value"]
+            found.append(
+                {
+                    "baseline": rival["name"],
+                    "origin": rival["origin"],
+                    "baseline_effective_bits": rival["effective_bits"],
+                    "domain": domain,
+                    "difference": gap,
+                    "low": gap - 0.01,
+                    "high": gap + 0.01,
+                }
+            )
+    return found
+
+
 def write_run(path: Path, seed: int = 0) -> Path:
     """Write study, sensitivities, records, front and plan."""
     rng = random.Random(seed)
@@ -124,7 +147,8 @@ def write_run(path: Path, seed: int = 0) -> Path:
     searched = [p for p in points if p["origin"] == "exact" and p["effective_bits"] <= 4.5]
     max(searched, key=lambda p: p["effective_bits"])["chosen"] = True
     front = {"schema_version": 1, "context": CONTEXT, "mode": "per_token", "budget_bits": 4.5}
-    (path / "front.json").write_text(json.dumps(front | {"points": points}))
+    front |= {"points": points, "comparisons": comparisons(points)}
+    (path / "front.json").write_text(json.dumps(front))
     records = [
         {
             "data": f"{domain} heldout",

@@ -87,7 +87,7 @@ def test_a_front_of_another_schema_is_refused(run_dir):
 
 def test_an_incomplete_point_is_refused(run_dir):
     edit_front(run_dir, points=[{"name": "x", "origin": "exact", "pairs": [[4]]}])
-    with pytest.raises(RecordError, match="point 0 must be complete"):
+    with pytest.raises(RecordError, match="points 0 must be complete"):
         collect(run_dir)
 
 
@@ -108,6 +108,25 @@ def test_a_comparison_the_search_lost_is_shown(run):
     assert max(ratios) > 1
     shown = {cell for row in tables.comparison(run).rows for cell in row}
     assert numbers.ratio(max(ratios)) in shown
+
+
+def test_paired_differences_are_shown_with_their_interval(run):
+    table = tables.paired_comparison(run)
+    assert {row[0] for row in table.rows} == {"uniform K2V2", "uniform K4V2", "uniform K4V4"}
+    first = run.comparisons[0]
+    assert numbers.signed(first.difference) in table.rows[0][3]
+    assert f"[{numbers.signed(first.low)}, {numbers.signed(first.high)}]" in table.rows[0][3]
+
+
+def test_a_measurement_of_one_document_has_no_error(run_dir):
+    front = json.loads((run_dir / "front.json").read_text())
+    for point in front["points"]:
+        for measured in (point["measured_kl"] or {}).values():
+            measured["se"] = None
+    edit_front(run_dir, points=front["points"])
+    run = collect(run_dir)
+    assert not any("±" in cell for row in tables.verified(run).rows for cell in row)
+    assert "NaN" not in re.sub(r"<script>.*?</script>", "", render(run), count=1, flags=re.S)
 
 
 def test_grids_hold_every_measured_cell(run):

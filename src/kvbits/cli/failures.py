@@ -82,6 +82,8 @@ def one_line_errors(command: Callable[Parameters, Result]) -> Callable[Parameter
 
 def _reason(error: BaseException) -> str:
     """Return the first paragraph of a message; libraries append pages of advice."""
+    if hasattr(error, "errors"):  # pydantic: one entry per field, the first says enough
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
     text = str(error).strip().split("\n\n")[0]
     is_ours = isinstance(error, KVBitsError | ValueError)
     return text if is_ours and text else f"{type(error).__name__}: {text}"

@@ -11,6 +11,7 @@ import typer
 
 from kvbits.cli.models import Loaded
 from kvbits.cli.output import console, progress_bars, size, table
+from kvbits.evaluation import records
 from kvbits.evaluation.accuracy import paired_difference, run_task
 from kvbits.evaluation.corpora import TokenSet, default_sets, text_set
 from kvbits.evaluation.divergence import measure, reference_logits
@@ -79,7 +80,7 @@ class Measuring:
     ) -> None:
         self.loaded, self.plan, self.seed, self.output = loaded, plan, seed, output
         self.rows: list[Row] = []
-        self.results: list[dict[str, Any]] = []
+        self.records: list[records.Record] = []
 
     def default_sets(self) -> None:
         """Measure on the held-out sets of the three default domains."""
@@ -103,7 +104,7 @@ class Measuring:
         if self.plan is None:
             found = perplexity(model, token_set)
             self._add("perplexity", token_set.name, f"{found.perplexity:.3f}", found.num_tokens)
-            self._keep("perplexity", token_set.name, found._asdict())
+            self._keep(records.perplexity_record(found, token_set, None, model))
             return
         reference = reference_logits(model, token_set, keep_layer_inputs=False)
         kl = measure(model, self.plan, token_set, reference)
@@ -112,44 +113,48 @@ class Measuring:
         self._add("top-1 agreement", name, f"{100 * kl.top1_agreement:.2f} %", n)
         change = f"{kl.perplexity:.3f} (16 bits: {kl.perplexity_reference:.3f})"
         self._add("perplexity", name, change, n)
-        self._keep("divergence", name, kl._asdict())
+        self._keep(records.divergence_record(kl, token_set, self.plan, model))
 
     def task(self, task: Task, n: int, batch_size: int) -> None:
-        """Solve the problems at full precision and, with a plan, on its cache; compare in pairs."""
+        """Solve problems at full precision and, with a plan, on its cache; compare in pairs."""
         full = self._solve(task, n, batch_size, None)
         share = f"{100 * full.accuracy:.1f} ± {100 * full.standard_error:.1f} %"
         self._add("accuracy, 16 bits", task.name, share, n)
-        kept = {"full": full._asdict()}
-        if self.plan is not None:
-            packed = self._solve(task, n, batch_size, self.plan)
-            share = f"{100 * packed.accuracy:.1f} ± {100 * packed.standard_error:.1f} %"
-            self._add("accuracy, packed", task.name, share, n)
-            gap, low, high = (100 * value for value in paired_difference(packed, full)[:3])
-            self._add("difference, points", task.name, f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]", n)
-            self._add("cache of a batch", task.name, size(packed.cache_bytes), n)
-            kept |= {"packed": packed._asdict(), "difference_points": [gap, low, high]}
-        self._keep("accuracy", task.name, kept)
+        if self.plan is None:
+            return
+        packed = self._solve(task, n, batch_size, self.plan)
+        share = f"{100 * packed.accuracy:.1f} ± {100 * packed.standard_error:.1f} %"
+        self._add("accuracy, packed", task.name, share, n)
+        gap, low, high = (100 * value for value in paired_difference(packed, full))
+        self._add("difference, points", task.name, f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]", n)
+        self._add("cache of a batch", task.name, size(packed.cache_bytes), n)
 
     def _solve(self, task: Task, n: int, batch_size: int, plan: CachePlan | None) -> Any:
         label = f"{task.name}, {'16 bits' if plan is None else 'packed'}"
+        model, seed = self.loaded.model, self.seed
         with progress_bars() as bars:
             bar = bars.add_task(label, total=n)
-            return run_task(
-                self.loaded.model,
+            found = run_task(
+                model,
                 self.loaded.tokenizer,
                 task,
                 n=n,
-                seed=self.seed,
+                seed=seed,
+                split="test",
                 plan=plan,
                 batch_size=batch_size,
                 progress=lambda done: bars.advance(bar, done),
             )
+        self._keep(records.accuracy_record(found, plan, model, seed=seed, split="test"))
+        return found
 
     def _add(self, measure: str, data: str, value: str, n: int) -> None:
         self.rows.append(Row(measure, data, value, f"{n:,}"))
 
-    def _keep(self, kind: str, data: str, values: dict[str, Any]) -> None:
-        self.results.append({"kind": kind, "data": data, "values": values})
+    def _keep(self, record: records.Record) -> None:
+        self.records.append(record)
+        if self.output is not None:
+            records.append_record(self.output, record)
 
     def print(self, *, as_json: bool) -> None:
         """Print everything measured."""
@@ -157,7 +162,8 @@ class Measuring:
         name = "full precision" if self.plan is None else self.plan.describe()
         if as_json:
             found = {"model": self.loaded.name, "plan": name, "effective_bits": bits}
-            typer.echo(json.dumps(found | {"results": self.results}, indent=2))
+            kept = [record.model_dump(mode="json") for record in self.records]
+            typer.echo(json.dumps(found | {"records": kept}, indent=2))
             return
         rows = table("measure", "data", "value", "n")
         for row in self.rows:

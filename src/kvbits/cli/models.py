@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +43,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as model_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    model_logging.set_verbosity_error()
+    model_logging.disable_progress_bar()
     place = _device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
@@ -71,6 +72,9 @@ def _device(name: str) -> Any:
 
 def _fetch(load: Any, name: str, **settings: Any) -> Any:
     """Load from a folder or the local Hugging Face cache; say so before going to the network."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity(logging.CRITICAL)  # a failure becomes one line, below
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"MODEL must be a folder with config.json, got {name}")

@@ -19,19 +19,35 @@ class Strategy(StrEnum):
     NSGA2 = "nsga2"
 
 
+class Objective(StrEnum):
+    """What the search minimises over the calibration domains."""
+
+    MINIMAX = "minimax"
+    SUM = "sum"
+
+
 @one_line_errors
 def tune(
     model: ModelName,
     bits: Annotated[
         float, typer.Option(min=2.0, max=16.0, help="Effective bits per value at most.")
-    ] = 4.5,
-    strategy: Annotated[Strategy, typer.Option(help="exact: integer programme.")] = Strategy.EXACT,
+    ] = 4.0,
+    strategy: Annotated[
+        Strategy, typer.Option(help="exact solves a programme; nsga2 measures every trial.")
+    ] = Strategy.EXACT,
     mode: Annotated[Mode, typer.Option(help="Where scales are shared.")] = Mode.PER_TOKEN,
-    task: Annotated[
-        list[str] | None, typer.Option(help="Task the front is verified on; repeatable.")
+    objective: Annotated[
+        Objective, typer.Option(help="minimax: the worst domain counts; sum: their mean.")
+    ] = Objective.MINIMAX,
+    task: Annotated[list[str] | None, typer.Option(help="Task to verify on; repeatable.")] = None,
+    n: Annotated[int | None, typer.Option("-n", min=0, help="Problems per task.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Calibration text of your own.")] = None,
+    heldout_text: Annotated[
+        Path | None, typer.Option(help="Text of the same kind to verify on.")
     ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials of nsga2.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Run folder; default runs/MODEL-MODE.")
+        Path | None, typer.Option("--output", "-o", help="Run folder; default under runs/.")
     ] = None,
     seed: Seed = 0,
     device: DeviceName = "auto",
@@ -39,9 +55,22 @@ def tune(
     verbose: Verbose = False,
 ) -> None:
     """Find the bits of every layer. Stopped at any point, the same command goes on."""
-    run_dir = output or Path("runs") / f"{Path(model).name}-{mode.value}"
+    given = {
+        "bits": bits,
+        "strategy": strategy.value,
+        "mode": mode.value,
+        "objective": objective.value,
+        "seed": seed,
+        "tasks": tuple(name for item in task for name in item.split(",")) if task else None,
+        "task_n": n,
+        "text": None if text is None else str(text),
+        "heldout_text": None if heldout_text is None else str(heldout_text),
+        "trials": trials,
+    }
+    name = f"{Path(model).name}-{mode.value}-{strategy.value}-{bits:g}"
+    run_dir = output or Path("runs") / name
     try:
-        _tune(model, run_dir, device, dtype.value, _settings(bits, strategy, mode, task, seed))
+        _tune(model, run_dir, device, dtype.value, given)
     except KeyboardInterrupt:
         fail(
             f"stopped; results so far are in {run_dir}, and the same command continues from there",
@@ -50,27 +79,18 @@ def tune(
     _print_result(model, run_dir)
 
 
-def _settings(
-    bits: float, strategy: Strategy, mode: Mode, tasks: list[str] | None, seed: int
-) -> Any:
-    from kvbits.tuning.study import TuneSettings
-
-    given: dict[str, Any] = {"bits": bits, "strategy": strategy.value, "mode": mode.value}
-    if tasks:
-        given["tasks"] = tuple(name for item in tasks for name in item.split(","))
-    return TuneSettings(**given, seed=seed)
-
-
-def _tune(name: str, run_dir: Path, device: str, dtype: str, settings: Any) -> None:
+def _tune(name: str, run_dir: Path, device: str, dtype: str, given: dict[str, Any]) -> None:
     from kvbits.cli.models import load_model
     from kvbits.cli.output import StageBars
     from kvbits.report.page import write_page
     from kvbits.tuning import study
+    from kvbits.tuning.settings import TuneSettings
 
+    settings = TuneSettings(**{key: value for key, value in given.items() if value is not None})
     loaded = load_model(name, device, dtype)
     with StageBars() as progress:
         study.tune(loaded.model, loaded.tokenizer, settings, run_dir, progress)
-    write_page(run_dir)
+    write_page(run_dir, model=name)
 
 
 def _print_result(model: str, run_dir: Path) -> None:

@@ -8,6 +8,7 @@ looks like a result.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +21,7 @@ Row = TypeVar("Row")
 
 
 class Measurement(NamedTuple):
-    """A mean and its standard error."""
+    """A mean and its standard error; nan where one document cannot give one."""
 
     value: float
     standard_error: float
@@ -56,6 +57,18 @@ class Point(NamedTuple):
         return self.origin in SEARCHED_ORIGINS
 
 
+class PairedComparison(NamedTuple):
+    """KL of the chosen plan minus a baseline's over the same documents, with a 95 % interval."""
+
+    baseline: str
+    origin: str
+    effective_bits: float
+    domain: str
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
 class Sensitivity(NamedTuple):
     """Forward KL with one side of one layer stored at one width, everything else exact."""
 
@@ -77,6 +90,7 @@ class Run(NamedTuple):
     context: int | None
     budget_bits: float | None
     points: tuple[Point, ...]
+    comparisons: tuple[PairedComparison, ...]
     sensitivity: tuple[Sensitivity, ...]
     records: tuple[Mapping[str, Any], ...]
     missing: tuple[str, ...]
@@ -134,6 +148,7 @@ def collect(run_dir: Path | str) -> Run:
         context=front.get("context"),
         budget_bits=front.get("budget_bits"),
         points=_parse_points(front, path / "front.json"),
+        comparisons=_parse_items(front, "comparisons", _parse_comparison, path / "front.json"),
         sensitivity=_read_lines(path / "sensitivity.jsonl", _parse_sensitivity),
         records=_read_lines(path / "verify.jsonl", dict),
         missing=tuple(name for name in names if not (path / name).exists()),
@@ -176,15 +191,23 @@ def _reason(error: Exception) -> str:
 
 
 def _parse_points(front: Mapping[str, Any], path: Path) -> tuple[Point, ...]:
-    points = []
-    for number, item in enumerate(front.get("points", [])):
+    points = _parse_items(front, "points", _parse_point, path)
+    return tuple(sorted(points, key=lambda point: point.effective_bits))
+
+
+def _parse_items(
+    front: Mapping[str, Any], key: str, parse: Callable[[Any], Row], path: Path
+) -> tuple[Row, ...]:
+    """Parse a list inside the front; a missing one is empty."""
+    rows = []
+    for number, item in enumerate(front.get(key, [])):
         try:
-            points.append(_parse_point(item))
+            rows.append(parse(item))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RecordError(
-                f"{path} point {number} must be complete, got {_reason(error)}; {_REMEDY}"
+                f"{path} {key} {number} must be complete, got {_reason(error)}; {_REMEDY}"
             ) from error
-    return tuple(sorted(points, key=lambda point: point.effective_bits))
+    return tuple(rows)
 
 
 def _parse_point(item: Mapping[str, Any]) -> Point:
@@ -197,7 +220,7 @@ def _parse_point(item: Mapping[str, Any]) -> Point:
         effective_bits_at_context=None if at_context is None else float(at_context),
         predicted_kl={k: float(v) for k, v in (item.get("predicted_kl") or {}).items()},
         measured_kl={
-            domain: Measurement(float(m["value"]), float(m["se"]))
+            domain: Measurement(float(m["value"]), math.nan if m["se"] is None else float(m["se"]))
             for domain, m in (item.get("measured_kl") or {}).items()
         },
         tasks={name: _parse_task(task) for name, task in (item.get("tasks") or {}).items()},
@@ -213,6 +236,18 @@ def _parse_task(item: Mapping[str, Any]) -> TaskResult:
         difference=item.get("difference"),
         low=item.get("low"),
         high=item.get("high"),
+    )
+
+
+def _parse_comparison(item: Mapping[str, Any]) -> PairedComparison:
+    return PairedComparison(
+        baseline=str(item["baseline"]),
+        origin=str(item["origin"]),
+        effective_bits=float(item["baseline_effective_bits"]),
+        domain=str(item["domain"]),
+        difference=item["difference"],
+        low=item["low"],
+        high=item["high"],
     )
 
 

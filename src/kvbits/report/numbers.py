@@ -86,3 +86,13 @@ def size(num_bytes: float) -> str:
 def ratio(value: float | None) -> str:
     """Two decimals: 0.52."""
     return "" if value is None else f"{value:.2f}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Write a difference with its sign, a true minus.
+
+    >>> signed(-0.01234), signed(0.5)
+    ('−0.012', '+0.50')
+    """
+    text = significant(abs(value), digits)
+    return f"−{text}" if value < 0 else f"+{text}"

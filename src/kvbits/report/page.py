@@ -51,12 +51,15 @@ is not a measurement of the plan.</dd>
 </dl>"""
 
 
-def write_page(run_dir: Path | str, path: Path | str | None = None) -> Path:
+def write_page(
+    run_dir: Path | str, path: Path | str | None = None, *, model: str | None = None
+) -> Path:
     """Write the report of a run directory.
 
     Args:
         run_dir: the folder ``kvbits tune`` wrote.
         path: the file to write; ``report.html`` in the run directory by default.
+        model: what commands on the page call the model; by default the name the run recorded.
 
     Returns:
         Where the page is. It replaces an earlier one only once it is complete.
@@ -66,16 +69,16 @@ def write_page(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """
     target = Path(path) if path is not None else Path(run_dir) / "report.html"
     partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(render(collect(run_dir)), encoding="utf-8")
+    partial.write_text(render(collect(run_dir), model), encoding="utf-8")
     os.replace(partial, target)
     return target
 
 
-def render(run: Run) -> str:
-    """Return the page of a collected run."""
+def render(run: Run, model: str | None = None) -> str:
+    """Return the page of a collected run; see ``write_page`` for ``model``."""
     sections = [
         _summary(run),
-        _use(run),
+        _use(run, model),
         _front(run),
         _verified(run),
         _comparison(run),
@@ -121,13 +124,13 @@ def _summary(run: Run) -> str:
     return missing + tables.render_table(tables.summary(run), "summary")
 
 
-def _use(run: Run) -> str:
+def _use(run: Run, model: str | None) -> str:
     if run.chosen is None:
         return ""
     return _section(
         "Use this plan",
         f"<pre>{escape(tables.python_snippet(run))}</pre>",
-        f"<pre>{escape(tables.command_snippet(run))}</pre>",
+        f"<pre>{escape(tables.command_snippet(run, model))}</pre>",
     )
 
 
@@ -158,18 +161,21 @@ def _verified(run: Run) -> str:
 
 
 def _comparison(run: Run) -> str:
-    table = tables.comparison(run)
-    if not table.rows:
-        return ""
-    return _section(
-        "Search against rules at equal size",
-        _paragraph(
-            "Each baseline beside the largest searched plan that is not more than 0.05 bits "
-            "larger. The last columns are searched KL divided by the baseline's: below 1 the "
-            "search did better, above 1 the rule did."
-        ),
-        tables.render_table(table),
-    )
+    parts = []
+    if (paired := tables.paired_comparison(run)).rows:
+        text = (
+            "The chosen plan against every baseline within the budget: its KL minus theirs over "
+            "the same documents, with a 95 % interval. Below zero the search did better."
+        )
+        parts += [_paragraph(text), tables.render_table(paired)]
+    if (equal := tables.comparison(run)).rows:
+        text = (
+            "At every size: each baseline beside the largest searched plan that is not more than "
+            "0.05 bits larger. The last columns are searched KL divided by the baseline's: below "
+            "1 the search did better, above 1 the baseline did."
+        )
+        parts += [_paragraph(text), tables.render_table(equal)]
+    return _section("Search against uniform, ladder and random plans", *parts) if parts else ""
 
 
 def _chosen_bits(run: Run) -> str:

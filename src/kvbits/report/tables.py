@@ -7,7 +7,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from kvbits.report import numbers
-from kvbits.report.collect import Measurement, Point, Run, TaskResult
+from kvbits.report.collect import Measurement, PairedComparison, Point, Run, TaskResult
 from kvbits.report.compare import compare_at_equal_bits, sensitivity_grids
 
 CHECKSUM_DIGITS = 12
@@ -160,6 +160,24 @@ def comparison(run: Run) -> Table:
     return Table(header, rows, chosen)
 
 
+def paired_comparison(run: Run) -> Table:
+    """The chosen plan's KL minus each baseline's within the budget, domains across."""
+    domains = tuple(dict.fromkeys(item.domain for item in run.comparisons))
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for item in run.comparisons:
+        key = (item.baseline, item.origin, numbers.bits(item.effective_bits))
+        found.setdefault(key, {})[item.domain] = _kl_difference(item)
+    rows = tuple((*key, *(cells.get(d, "") for d in domains)) for key, cells in found.items())
+    return Table(("baseline", "from", "bits", *(f"{d} [95 %]" for d in domains)), rows)
+
+
+def _kl_difference(item: PairedComparison) -> str:
+    if item.difference is None or item.low is None or item.high is None:
+        return "" if item.difference is None else numbers.signed(item.difference)
+    interval = f"[{numbers.signed(item.low)}, {numbers.signed(item.high)}]"
+    return f"{numbers.signed(item.difference)} {interval}"
+
+
 def layer_bits(point: Point) -> Table:
     """Key and value width of every layer, layers across."""
     header = ("layer", *(str(index) for index in range(len(point.pairs))))
@@ -239,7 +257,12 @@ def python_snippet(run: Run) -> str:
     )
 
 
-def command_snippet(run: Run) -> str:
-    """Return the command that generates text with the chosen plan."""
+def command_snippet(run: Run, model: str | None = None) -> str:
+    """Return the command that generates text with the chosen plan.
+
+    Args:
+        run: the run.
+        model: what to call the model; the name the run recorded has no folder in it.
+    """
     plan = run.path / "plan.json"
-    return f'kvbits generate {model_name(run)} --plan {plan} --prompt "Once upon a time"'
+    return f'kvbits generate {model or model_name(run)} --plan {plan} --prompt "Once upon a time"'

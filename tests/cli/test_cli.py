@@ -1,0 +1,341 @@
+"""The command line, run in process on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import kvbits
+from kvbits import CachePlan
+from kvbits.cli import app
+from kvbits.cli.inspect import MAX_TOKENS, largest
+from kvbits.cli.options import parse_size
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(item) for item in arguments])
+
+
+def one_line(result: Result) -> str:
+    """Return the only line of an error, which must be on stderr."""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("kvbits: ")
+    assert "Traceback" not in result.output
+    return line
+
+
+@pytest.fixture(scope="module")
+def plan_path(tiny_model_dir, tmp_path_factory) -> Path:
+    from transformers import AutoConfig
+
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    CachePlan.uniform(AutoConfig.from_pretrained(tiny_model_dir), 4, 2).save(path)
+    return path
+
+
+@pytest.fixture
+def text_path(tmp_path) -> Path:
+    path = tmp_path / "notes.txt"
+    path.write_text("Every cached token is stored once and never encoded again. " * 20)
+    return path
+
+
+def test_version_is_printed():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"kvbits {kvbits.__version__}"
+
+
+def test_every_command_has_help():
+    for name in ("inspect", "tune", "generate", "evaluate", "report"):
+        result = run(name, "--help")
+        assert result.exit_code == 0
+        assert name in result.output
+
+
+# ----- inspect
+
+
+def test_inspect_shows_layers_and_costs(tiny_model_dir):
+    result = run("inspect", tiny_model_dir)
+    assert result.exit_code == 0, result.output
+    assert "0-2" in result.output
+    assert "full_attention" in result.output
+    assert "K4V2" in result.output
+
+
+def test_inspect_json_agrees_with_the_plan(tiny_model_dir, plan_path):
+    result = run(
+        "inspect",
+        tiny_model_dir,
+        "--plan",
+        plan_path,
+        "--memory",
+        "1MB",
+        "--context",
+        256,
+        "--json",
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    plan = CachePlan.load(plan_path)
+    offer = found["plans"][-1]
+    assert offer["name"] == "plan.json"
+    assert offer["effective_bits"] == plan.effective_bits
+    assert offer["bytes_at_context"] == plan.bytes(256)
+    assert plan.bytes(offer["max_context"]) <= 1_000_000 < plan.bytes(offer["max_context"] + 1)
+    assert plan.bytes(256, offer["max_batch"]) <= 1_000_000
+    assert plan.bytes(256, offer["max_batch"] + 1) > 1_000_000
+    assert len(found["layers"]) == 3
+
+
+def test_fewer_bits_buy_more_context(tiny_model_dir):
+    result = run("inspect", tiny_model_dir, "--memory", "4MB", "--json")
+    fits = [offer["max_context"] for offer in json.loads(result.stdout)["plans"]]
+    assert fits == sorted(fits)
+    assert fits[-1] > 4 * fits[0]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 63, 64, 65, 1000])
+def test_largest_finds_the_last_that_fits(limit):
+    assert largest(lambda number: number <= limit) == limit
+
+
+def test_largest_stops_where_nothing_grows():
+    assert largest(lambda number: True) >= MAX_TOKENS // 2
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("1.5 MiB", 3 * 2**19), ("100", 100), ("8g", 8 * 10**9)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+# ----- generate
+
+
+def test_generate_on_a_plan_accounts_for_the_cache(tiny_model_dir, plan_path):
+    result = run(
+        "generate", tiny_model_dir, "--plan", plan_path, "--prompt", "hello", "--max-new-tokens", 8
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("hello")
+    assert "times smaller than" in result.stderr
+    assert "effective bits at this length" in result.stderr
+
+
+def test_generate_is_the_same_with_the_same_seed(tiny_model_dir):
+    arguments = ("generate", tiny_model_dir, "--prompt", "a", "--temperature", 1.5, "--seed", 3)
+    first, second = (
+        run(*arguments, "--max-new-tokens", 12),
+        run(*arguments, "--max-new-tokens", 12),
+    )
+    assert first.exit_code == 0, first.output
+    assert first.stdout == second.stdout
+
+
+def test_generate_at_16_bits_equals_no_plan(tiny_model_dir, tmp_path):
+    from transformers import AutoConfig
+
+    path = tmp_path / "exact.json"
+    CachePlan.uniform(AutoConfig.from_pretrained(tiny_model_dir), 16, 16).save(path)
+    arguments = ("generate", tiny_model_dir, "--prompt", "abc", "--max-new-tokens", 12)
+    packed, stock = run(*arguments, "--plan", path), run(*arguments)
+    assert packed.exit_code == 0, packed.output
+    assert packed.stdout == stock.stdout
+
+
+def test_generate_refuses_an_empty_prompt(tiny_model_dir):
+    result = run("generate", tiny_model_dir, "--prompt", "")
+    assert result.exit_code == 1
+    assert "--prompt must hold text" in one_line(result)
+
+
+def test_generate_refuses_chat_without_a_template(tiny_model_dir):
+    result = run("generate", tiny_model_dir, "--prompt", "x", "--chat")
+    assert result.exit_code == 1
+    assert "--chat must be used with a chat model" in one_line(result)
+
+
+# ----- evaluate
+
+
+def test_evaluate_prints_and_records(tiny_model_dir, plan_path, text_path, tmp_path):
+    records = tmp_path / "records.jsonl"
+    result = run(
+        "evaluate", tiny_model_dir, "--plan", plan_path, "--text", text_path,
+        "--window-tokens", 64, "--windows", 3, "-o", records, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(result.stdout)["records"]
+    assert record["kind"] == "divergence"
+    assert record["value"] > 0
+    assert record["n"] == 3
+    assert json.loads(records.read_text()) == record
+
+
+def test_evaluate_sees_that_two_bits_are_worse_than_eight(tiny_model_dir, text_path):
+    """A single forward would show no difference: the cache has to be in the path."""
+    found = []
+    for bits in (8, 2):
+        result = run(
+            "evaluate", tiny_model_dir, "--key-bits", bits, "--value-bits", bits,
+            "--text", text_path, "--window-tokens", 64, "--windows", 2, "--json",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout)["records"][0]["value"])
+    assert found[1] > 10 * found[0] > 0
+
+
+def test_evaluate_reads_each_file_of_a_folder(tiny_model_dir, text_path):
+    (text_path.parent / "other.txt").write_text("Another text of the same folder. " * 10)
+    result = run("evaluate", tiny_model_dir, "--data", text_path.parent, "--json")
+    assert result.exit_code == 0, result.output
+    kinds = [(r["kind"], r["data"]) for r in json.loads(result.stdout)["records"]]
+    assert kinds == [("perplexity", "notes"), ("perplexity", "other")]
+
+
+def test_evaluate_compares_tasks_in_pairs(tiny_model_dir, plan_path, monkeypatch):
+    from kvbits.evaluation import tasks
+
+    class Echo:
+        """One short problem, so that a model of 512 positions can be asked."""
+
+        name, max_new_tokens, stop = "echo", 4, "\n"
+
+        def generate(self, n, *, seed, split):
+            example = tasks.Example(prompt="say a:", answer="a", completion=" a\n", task="echo")
+            return [example] * n
+
+        def is_correct(self, completion, example):
+            return completion.strip() == example.answer
+
+    monkeypatch.setitem(tasks.TASKS, "echo", Echo)
+    result = run("evaluate", tiny_model_dir, "--plan", plan_path, "--task", "echo", "-n", 4)
+    assert result.exit_code == 0, result.output
+    assert "difference, points" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--key-bits", 4], "--key-bits and --value-bits must be given together"),
+        (["--task", "chess"], "--task must be among arithmetic, .* got 'chess'"),
+        (["--key-bits", 5, "--value-bits", 4], "key_bits must be one of"),
+        (["--data", "no-such-folder"], "--data must be a folder with"),
+        (["--text", "no-such-file.txt"], "path must be an existing file"),
+    ],
+)
+def test_evaluate_refuses_contradictions(tiny_model_dir, arguments, message):
+    result = run("evaluate", tiny_model_dir, *arguments)
+    assert result.exit_code == 1
+    line = one_line(result)
+    assert re.search(message, line), line
+
+
+# ----- report
+
+
+def test_report_writes_the_page(tmp_path):
+    (tmp_path / "study.json").write_text("{}")
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "report.html")
+    assert "none chosen yet" in (tmp_path / "report.html").read_text()
+
+
+def test_report_of_no_run_fails(tmp_path):
+    result = run("report", tmp_path)
+    assert result.exit_code == 1
+    assert "must hold study.json" in one_line(result)
+
+
+# ----- failing
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["inspect"],
+        ["inspect", "m", "--no-such-option"],
+        ["inspect", "m", "--memory", "lots"],
+        ["tune", "m", "--bits", "99"],
+        ["tune", "m", "--mode", "none"],
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert one_line(result)
+
+
+def test_an_unknown_folder_is_named():
+    result = run("inspect", "./no/such/model")
+    assert result.exit_code == 1
+    assert "MODEL must be an existing model folder or a hub id" in one_line(result)
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    result = run("generate", tmp_path, "--prompt", "x")
+    assert result.exit_code == 1
+    assert "must be a folder with config.json" in one_line(result)
+
+
+def test_offline_nothing_is_fetched(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run("inspect", "nobody/nothing")
+    assert result.exit_code == 1
+    assert "while HF_HUB_OFFLINE is set" in one_line(result)
+
+
+def test_a_download_is_announced(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    result = run("inspect", "nobody/nothing")
+    assert result.exit_code == 1
+    assert "fetching it from the Hugging Face hub" in result.stderr.splitlines()[0]
+
+
+def test_a_missing_device_is_one_line(tiny_model_dir):
+    result = run("generate", tiny_model_dir, "--prompt", "x", "--device", "abacus")
+    assert result.exit_code == 1
+    assert "device must be one torch can use here, got 'abacus'" in one_line(result)
+
+
+def test_a_plan_for_another_model_is_refused(tiny_model_dir, tmp_path):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    path = tmp_path / "other.json"
+    CachePlan.uniform(config, 4, 4).save(path)
+    result = run("evaluate", tiny_model_dir, "--plan", path)
+    assert result.exit_code == 1
+    assert one_line(result)
+
+
+def test_verbose_adds_the_traceback(tmp_path):
+    result = run("report", tmp_path, "--verbose")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("kvbits: run directory must hold study.json")
+
+
+def test_interrupting_the_tuner_says_how_to_go_on(tiny_model_dir, tmp_path, monkeypatch):
+    from kvbits.tuning import study
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "tune", interrupted)
+    result = run("tune", tiny_model_dir, "-o", tmp_path / "run")
+    assert result.exit_code == 130
+    assert str(tmp_path / "run") in result.stderr
+    assert "the same command continues" in result.stderr
