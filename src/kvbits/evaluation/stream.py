@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,19 +73,18 @@ def stream_logits(
     cache = new_cache(model, plan) if cache is None else cache
     if start_layer and not can_skip_in_chunks(cache, start_layer) and num_tokens > chunk_tokens:
         start_layer = 0
-    with attention_for(model, plan), torch.no_grad():
-        for start in range(0, num_tokens, chunk_tokens):
-            stop = min(start + chunk_tokens, num_tokens)
-            columns = keep[start:stop].nonzero()[:, 0]
-            ids = input_ids[:, start:stop].to(model.device)
-            if start_layer and layer_inputs is not None:
-                skip_cache_layers(cache, start_layer, start)
-                with resuming(model, start_layer, layer_inputs.chunk(start_layer, start, stop)):
-                    logits = _forward(model, ids, cache, columns)
-            else:
-                logits = _forward(model, ids, cache, columns)
-            if len(columns):
-                yield logits
+    for start in range(0, num_tokens, chunk_tokens):
+        stop = min(start + chunk_tokens, num_tokens)
+        columns = keep[start:stop].nonzero()[:, 0]
+        resumed: AbstractContextManager[None] = nullcontext()
+        if start_layer and layer_inputs is not None:
+            skip_cache_layers(cache, start_layer, start)
+            resumed = resuming(model, start_layer, layer_inputs.chunk(start_layer, start, stop))
+        # not held open over the yield: the caller may use the model in between
+        with attention_for(model, plan), resumed, torch.no_grad():
+            logits = _forward(model, input_ids[:, start:stop].to(model.device), cache, columns)
+        if len(columns):
+            yield logits
 
 
 def capture_layer_inputs(
