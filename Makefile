@@ -25,12 +25,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-minimum test-slow: export OMP_NUM_THREADS := 1
 test test-minimum test-slow: export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install tune test lint types format test-minimum test-slow test-wheel clean
+.PHONY: help install tune test lint types format test-minimum test-slow test-wheel bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,4p' Makefile
-	@echo "others: install lint types format test-minimum test-slow test-wheel clean"
+	@echo "others: install lint types format test-minimum test-slow test-wheel bench clean"
 
 install: $(STAMP)
 
@@ -83,6 +83,12 @@ test-wheel: $(STAMP)
 	$(WHEEL)/bin/python -m pip install -q $(TORCH_FLAGS) $(TORCH_PIN)
 	$(WHEEL)/bin/python -m pip install -q -c constraints.txt build/wheel/*.whl
 	cd / && $(CURDIR)/$(WHEEL)/bin/python $(CURDIR)/tests/wheel_check.py
+
+# Speed and memory of the packed cache on this machine; records go to benchmarks/results/.
+bench: $(STAMP)
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/decode_cpu.py $(MODEL) -o benchmarks/results/decode-cpu.jsonl
+	$(BIN)/python benchmarks/memory_cpu.py $(MODEL) -o benchmarks/results/memory-cpu.jsonl
 
 clean:
 	rm -rf $(VENV) $(MINIMUM) $(WHEEL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

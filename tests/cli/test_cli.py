@@ -14,6 +14,7 @@ from kvbits import CachePlan
 from kvbits.cli import app
 from kvbits.cli.inspect import MAX_TOKENS, largest
 from kvbits.cli.options import parse_size
+from report_synthetic import write_run
 
 
 def run(*arguments: object) -> Result:
@@ -326,6 +327,62 @@ def test_verbose_adds_the_traceback(tmp_path):
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("kvbits: run directory must hold study.json")
+
+
+def test_tune_prints_tables_files_and_the_next_command(tiny_model_dir, tmp_path, monkeypatch):
+    from kvbits.tuning import study
+
+    asked = []
+
+    def pretend(model, tokenizer, settings, run_dir, progress):
+        asked.append(settings)
+        progress.start("pretending", 1)
+        progress.advance()
+        progress.finish()
+        write_run(Path(run_dir))
+
+    monkeypatch.setattr(study, "tune", pretend)
+    arguments = ("--bits", 4.5, "--mode", "kivi", "--task", "arithmetic,passkey", "-n", 7)
+    result = run("tune", tiny_model_dir, *arguments, "-o", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    (settings,) = asked
+    assert (settings.bits, settings.mode, settings.task_n) == (4.5, "kivi", 7)
+    assert settings.tasks == ("arithmetic", "passkey")
+    assert "* exact-" in result.stdout
+    assert (tmp_path / "run" / "report.html").exists()
+    page, use = result.stdout.splitlines()[-2:]
+    assert page.split() == ["page", str(tmp_path / "run" / "report.html")]
+    assert f"kvbits generate {tiny_model_dir} --plan {tmp_path / 'run' / 'plan.json'}" in use
+
+
+def test_tune_settings_that_cannot_be_are_refused(tiny_model_dir, tmp_path):
+    result = run("tune", tiny_model_dir, "--task", "chess", "-o", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "tasks must be among arithmetic" in one_line(result)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_tune_then_generate_for_real(tiny_model_dir, text_path, tmp_path):
+    """The whole way on a random model, and again: a finished run changes nothing."""
+    other = tmp_path / "other.txt"
+    other.write_text("What was held out is measured once, after the search has chosen. " * 60)
+    text_path.write_text(text_path.read_text() * 4)
+    arguments = (
+        "tune", tiny_model_dir, "--bits", 5, "--text", text_path, "--heldout-text", other,
+        "-n", 2, "-o", tmp_path / "run",
+    )  # fmt: skip
+    first = run(*arguments)
+    assert first.exit_code == 0, first.output
+    plan = (tmp_path / "run" / "plan.json").read_bytes()
+    assert CachePlan.load(tmp_path / "run" / "plan.json").effective_bits <= 5
+    again = run(*arguments)
+    assert again.stdout == first.stdout
+    assert (tmp_path / "run" / "plan.json").read_bytes() == plan
+    used = run(
+        "generate", tiny_model_dir, "--plan", tmp_path / "run" / "plan.json", "--prompt", "a"
+    )
+    assert used.exit_code == 0, used.output
 
 
 def test_interrupting_the_tuner_says_how_to_go_on(tiny_model_dir, tmp_path, monkeypatch):

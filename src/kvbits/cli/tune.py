@@ -104,7 +104,8 @@ def _print_result(model: str, run_dir: Path) -> None:
         if shown.rows:
             console().print(_as_rich(shown))
     plan = run_dir / "plan.json"
-    lines = [f"plan    {plan}", f"page    {run_dir / 'report.html'}"]
+    lines = ["* the plan chosen on calibration data; every number above is held-out data", ""]
+    lines += [f"plan    {plan}", f"page    {run_dir / 'report.html'}"]
     prompt = '--prompt "The history of the"'
     lines.append(f"use it  kvbits generate {model} --plan {plan} {prompt}")
     typer.echo("\n".join(lines))
@@ -114,6 +115,7 @@ def _as_rich(shown: Any) -> Any:
     from kvbits.cli.output import table
 
     made = table(*shown.header)
-    for index, row in enumerate(shown.rows):
-        made.add_row(*row, style="bold" if index in shown.highlighted else None)
+    for index, (name, *cells) in enumerate(shown.rows):
+        is_chosen = index in shown.highlighted
+        made.add_row(f"* {name}" if is_chosen else f"  {name}", *cells, style="bold" * is_chosen)
     return made

@@ -28,6 +28,7 @@ STYLE = {
 MODES = {"exact": "lines+markers", "nsga2": "lines+markers", "uniform": "markers+text"}
 # Plotly sizes a page by height; widths follow the browser.
 FRONT_HEIGHT, BITS_HEIGHT, ROW_HEIGHT, HEAT_MARGIN = 470, 300, 24, 120
+MIN_HEAT_HEIGHT = 280  # the colour bar needs room for its labels
 
 
 def front_figure(run: Run) -> Any:
@@ -155,7 +156,7 @@ def sensitivity_figure(run: Run) -> Any:
     figure.update_yaxes(title_text="layer", col=1)
     figure.update_xaxes(showgrid=False, type="category")
     num_layers = len(grids[0].layers) if grids else 0
-    _finish(figure, HEAT_MARGIN + ROW_HEIGHT * num_layers)
+    _finish(figure, max(MIN_HEAT_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * num_layers))
     return figure
 
 
@@ -177,7 +178,7 @@ def _heat_map(grid: Grid, logs: list[list[float | None]], low: float, high: floa
             "title": {"text": "KL, nats", "side": "right"},
             "tickprefix": "10<sup>",
             "ticksuffix": "</sup>",
-            "dtick": 1,
+            "dtick": 1 if high - low < 6 else 2,
             "thickness": 12,
             "outlinewidth": 0,
         },

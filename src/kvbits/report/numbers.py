@@ -84,15 +84,44 @@ def size(num_bytes: float) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """Two decimals: 0.52."""
-    return "" if value is None else f"{value:.2f}"
+    """Two decimals, and the bound where those would say nothing.
+
+    >>> ratio(0.518), ratio(0.0004), ratio(None)
+    ('0.52', '< 0.01', '')
+    """
+    if value is None:
+        return ""
+    return "< 0.01" if 0 < value < 0.005 else f"{value:.2f}"
 
 
 def signed(value: float, digits: int = 2) -> str:
     """Write a difference with its sign, a true minus.
 
-    >>> signed(-0.01234), signed(0.5)
-    ('−0.012', '+0.50')
+    >>> signed(-0.01234), signed(0.5), signed(0.0)
+    ('−0.012', '+0.50', '0')
     """
-    text = significant(abs(value), digits)
-    return f"−{text}" if value < 0 else f"+{text}"
+    if value == 0:
+        return "0"
+    return f"{'−' if value < 0 else '+'}{significant(abs(value), digits)}"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """Write a difference and its interval to the same digit, small ones with one power of ten.
+
+    >>> with_interval(-0.0123, -0.0156, -0.0091)
+    '−0.0123 [−0.0156, −0.0091]'
+    >>> with_interval(-9.1e-5, -1.1e-4, -6.9e-5)
+    '(−9.1 [−11.0, −6.9])e-5'
+    """
+    largest = max(map(abs, (value, low, high)))
+    if not (largest > 0 and math.isfinite(largest)):
+        return "0"
+    power = math.floor(math.log10(largest))
+    if largest < 10 * SMALL:
+        power = math.floor(math.log10(abs(value))) if value else power
+        scaled = [f"{number * 10.0**-power:+.1f}" for number in (value, low, high)]
+        text = f"({scaled[0]} [{scaled[1]}, {scaled[2]}])e{power}"
+        return text.replace("-", "−").replace("e−", "e-")
+    decimals = max(0, 2 - power)
+    texts = [f"{number:+.{decimals}f}".replace("-", "−") for number in (value, low, high)]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"

@@ -210,5 +210,7 @@ def _measured_on(run: Run) -> str:
     return _section(
         "What was measured on which data",
         tables.render_table(records) if records.rows else "",
+        "<details><summary>Settings, checksums and versions</summary>",
         tables.render_table(tables.settings(run), "summary"),
+        "</details>",
     )

@@ -144,7 +144,14 @@ def comparison(run: Run) -> Table:
     """Baselines beside the searched plan of equal size."""
     found = compare_at_equal_bits(run.points)
     domains = tuple(dict.fromkeys(domain for item in found for domain in item.ratios))
-    header = ("baseline", "from", "bits", "searched plan", "bits", *(f"KL × {d}" for d in domains))
+    header = (
+        "baseline",
+        "from",
+        "bits",
+        "searched plan",
+        "bits",
+        *(f"KL ratio, {d}" for d in domains),
+    )
     rows = tuple(
         (
             item.baseline.name,
@@ -174,8 +181,7 @@ def paired_comparison(run: Run) -> Table:
 def _kl_difference(item: PairedComparison) -> str:
     if item.difference is None or item.low is None or item.high is None:
         return "" if item.difference is None else numbers.signed(item.difference)
-    interval = f"[{numbers.signed(item.low)}, {numbers.signed(item.high)}]"
-    return f"{numbers.signed(item.difference)} {interval}"
+    return numbers.with_interval(item.difference, item.low, item.high)
 
 
 def layer_bits(point: Point) -> Table:
@@ -211,7 +217,8 @@ def measured_on(run: Run) -> Table:
         key = tuple(_text(record.get(field)) for field in _DATA_FIELDS)
         uses.setdefault(key, []).append(float(record.get("seconds") or 0.0))
     used = [i for i in range(len(_DATA_FIELDS)) if any(key[i] for key in uses)]
-    header = (*(_DATA_FIELDS[i] for i in used), "measurements", "seconds")
+    names = (_DATA_FIELDS[i].removeprefix("num_") for i in used)
+    header = (*names, "measurements", "seconds")
     rows = tuple(
         (*(key[i] for i in used), numbers.count(len(seconds)), f"{sum(seconds):.0f}")
         for key, seconds in uses.items()
