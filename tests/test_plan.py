@@ -595,6 +595,16 @@ def test_live_cache_holds_exactly_the_bytes_of_the_formula(config, mode):
     assert cache.nbytes < cache.peak_nbytes
 
 
+def test_layers_that_reuse_a_cache_get_none_of_their_own():
+    """transformers 5.17 builds 20 cache layers for this model of 35, later ones 35."""
+    model = torch.nn.Identity()
+    model.config = transformers.Gemma3nTextConfig()
+    plan = CachePlan.uniform(model.config, 4, 4)
+    cache = plan.new_cache(model)
+    assert len(cache.layers) == len(transformers.DynamicCache(config=model.config).layers)
+    assert sorted(cache.packed_layers) == list(plan.model.packable_layers)
+
+
 def test_new_cache_refuses_another_model(tiny_model_dir):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with pytest.raises(PlanError, match=r"the model must have architecture='toy'"):

@@ -116,6 +116,16 @@ class ModelGeometry(BaseModel):
         return tuple(i for i, layer in enumerate(self.layers) if layer.is_packable)
 
 
+def num_cache_layers(config: Any) -> int:
+    """Layers of a cache the installed transformers makes.
+
+    Up to 5.17 it makes none for the last layers of a model where those reuse an earlier layer's.
+    """
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    return len(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
+
+
 def _layer_types_and_windows(decoder: Any) -> tuple[list[str], list[int | None]]:
     """Resolve layer types and sliding windows as transformers' own cache classes do."""
     from transformers.cache_utils import get_layer_types_and_kwargs

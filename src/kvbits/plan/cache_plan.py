@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kvbits import memory
 from kvbits._version import __version__
 from kvbits.errors import PlanError
-from kvbits.geometry import ModelGeometry
+from kvbits.geometry import ModelGeometry, num_cache_layers
 from kvbits.layer_plan import LayerPlan
 from kvbits.plan import files, fitting, kvtuner, loading, modes, summary
 from kvbits.plan.modes import EXACT_BITS, Mode, Pair, Settings
@@ -236,7 +236,8 @@ class CachePlan(BaseModel):
 
         self.check(model.config)
         watch_padding(model)
-        return QuantizedCache(self.layers, model.config, quantize_prefill=quantize_prefill)
+        layers = self.layers[: num_cache_layers(model.config)]
+        return QuantizedCache(layers, model.config, quantize_prefill=quantize_prefill)
 
     # ----- what it costs
 
