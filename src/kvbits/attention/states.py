@@ -93,10 +93,10 @@ class LayerStates:
             return torch.cat(parts, -2)
         offset = states.tail.shape[-2] - self.num_tokens  # logical position to column of the tail
         if not any(self.padding):
-            if start + offset >= 0:
-                return states.tail[:, :, start + offset : stop + offset]
-            missing = -(start + offset)
-            return torch.nn.functional.pad(states.tail[:, :, : stop + offset], (0, 0, missing, 0))
+            begin, end = max(start + offset, 0), max(stop + offset, 0)
+            missing = (stop - start) - (end - begin)
+            inner = states.tail[:, :, begin:end]
+            return torch.nn.functional.pad(inner, (0, 0, missing, 0)) if missing else inner
         shifts = torch.tensor(list(self.padding), device=states.tail.device)[:, None] + offset
         column = torch.arange(start, stop, device=states.tail.device) + shifts  # [B, T]
         inside = (column >= 0) & (column < states.tail.shape[-2])

@@ -105,14 +105,21 @@ class PackedLayer:
         """Declare the left padding of every row, in tokens; before the padded tokens arrive.
 
         Raises:
-            ValueError: If padding changes after tokens were stored.
+            ValueError: If padding changes under tokens that are stored. A row that has had nothing
+                but padding may still get more.
         """
-        if self.is_initialized and list(padding) != self._padding:
+        if self.is_initialized and not self._may_become(padding):
             raise ValueError(
                 f"padding must not change once tokens are stored, got {list(padding)} after "
                 f"{self._padding}; start a new cache"
             )
         self._padding = list(padding)
+
+    def _may_become(self, padding: Sequence[int]) -> bool:
+        return len(padding) == len(self._padding) and all(
+            new == old or min(new, old) >= self.num_tokens
+            for new, old in zip(padding, self._padding, strict=True)
+        )
 
     # ----- appending
 
@@ -188,20 +195,23 @@ class PackedLayer:
 
     def _check_new(self, new: dict[Side, Tensor]) -> None:
         """Refuse non-finite states: at once, or on a GPU during decoding when next asked."""
-        is_bad = torch.stack([self._any_nonfinite(states) for states in new.values()]).any()
+        is_bad = torch.stack([self._any_nonfinite(side, states) for side, states in new.items()])
         if is_bad.device.type == "cpu" or new["key"].shape[-2] > 1:
             self._raise_if(is_bad)
         else:  # reading the flag now would make every decode step wait for the device
             self._nonfinite = is_bad if self._nonfinite is None else self._nonfinite | is_bad
 
-    def _any_nonfinite(self, states: Tensor) -> Tensor:
-        limit = min(torch.finfo(torch.float16).max, torch.finfo(states.dtype).max)
-        bad = ~(states.detach().abs() <= limit)  # NaN compares false; scales are stored in float16
+    def _any_nonfinite(self, side: Side, states: Tensor) -> Tensor:
+        limit = min(self._largest_magnitude(side), torch.finfo(states.dtype).max)
+        bad = ~(states.detach().abs() <= limit)  # NaN compares false
         if any(self._padding):
             first = torch.tensor(self._padding, device=states.device)[:, None]
             position = self.num_tokens + torch.arange(states.shape[-2], device=states.device)
             bad = bad & (position >= first)[:, None, :, None]
         return bad.any()
+
+    def _largest_magnitude(self, side: Side) -> float:
+        return min(group.codec(side).largest_magnitude for group in self.plan.groups)
 
     def check_finite(self) -> None:
         """Raise if a decode step since the last check brought states that are not finite."""
@@ -210,11 +220,13 @@ class PackedLayer:
             self._raise_if(flag)
 
     def _raise_if(self, is_bad: Tensor) -> None:
-        if bool(is_bad):
-            raise CalibrationError(
-                f"key and value states must be finite and at most 65504 in magnitude, got NaN, "
-                f"inf or more in layer {self.layer_idx}; run the model in a wider dtype"
-            )
+        for side, side_is_bad in zip(SIDES, is_bad.tolist(), strict=True):
+            if side_is_bad:
+                raise CalibrationError(
+                    f"{side}_states must be finite and at most {self._largest_magnitude(side):g} "
+                    f"in magnitude, got NaN, inf or more in layer {self.layer_idx}; use "
+                    "parameter_dtype='float32', or run the model in a wider dtype"
+                )
 
     # ----- views
 

@@ -55,6 +55,12 @@ class Affine(Codec):
     def block_tokens(self) -> int:
         return self.group_size or 1 if self.granularity == "per_channel" else 1
 
+    @property
+    def largest_magnitude(self) -> float:
+        # The range of a group is at most twice this; a float32 range must not overflow either.
+        dtype = PARAMETER_DTYPES[self.parameter_dtype]
+        return torch.finfo(dtype).max / (2 if dtype == torch.float32 else 1)
+
     def code_bits(self, state_bits: int = 16) -> int:
         return self.bits
 

@@ -6,6 +6,7 @@ parameters (scales, offsets). It knows nothing about bytes or pages: ``codecs/pa
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -58,6 +59,11 @@ class Codec(BaseModel, ABC):
     def is_exact(self) -> bool:
         """Whether decoding returns the very states that were encoded."""
         return False
+
+    @property
+    def largest_magnitude(self) -> float:
+        """Largest absolute value of a state that can be stored; more is refused."""
+        return math.inf
 
     @abstractmethod
     def code_bits(self, state_bits: int = 16) -> int:

@@ -1,0 +1,176 @@
+"""A layer written from its description, one row and one token at a time: the oracle of the laws.
+
+It keeps every token it was given. A token is replaced by what the codec decodes when the plan says
+that it leaves the residual; nothing is ever encoded twice.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from kvbits.codecs import Affine, Identity
+from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan
+
+HEADS, KEY_DIM, VALUE_DIM = 3, 16, 24
+
+
+def channel(bits, group_size):
+    return Affine(bits=bits, granularity="per_channel", group_size=group_size)
+
+
+PLANS = {
+    "token-2": LayerPlan.uniform(Affine(bits=2), Affine(bits=2)),
+    "token-3": LayerPlan.uniform(Affine(bits=3), Affine(bits=3), sink_tokens=4),
+    "token-4": LayerPlan.uniform(Affine(bits=4), Affine(bits=4), residual_length=100),
+    "token-8-groups": LayerPlan.uniform(
+        Affine(bits=8, group_size=8), Affine(bits=8, group_size=8), residual_length=32
+    ),
+    "symmetric": LayerPlan.uniform(
+        Affine(bits=4, symmetric=True), Affine(bits=3, symmetric=True), sink_tokens=5
+    ),
+    "kivi-32": LayerPlan.uniform(channel(2, 32), Affine(bits=2), residual_length=32),
+    "kivi-64-sinks": LayerPlan.uniform(channel(3, 64), Affine(bits=4), sink_tokens=3),
+    "kivi-128": LayerPlan.uniform(channel(4, 128), Affine(bits=2), residual_length=20),
+    "channel-both": LayerPlan.uniform(channel(4, 32), channel(2, 24), residual_length=7),
+    "independent": LayerPlan.uniform(
+        channel(2, 32), Affine(bits=3), residual_length=64, flush="independent"
+    ),
+    "independent-token": LayerPlan.uniform(
+        Affine(bits=4), Affine(bits=2), residual_length=10, sink_tokens=2, flush="independent"
+    ),
+    "key-exact": LayerPlan.uniform(Identity(), Affine(bits=4), residual_length=10),
+    "value-exact": LayerPlan.uniform(channel(2, 32), Identity(), sink_tokens=2),
+    "float32-scales": LayerPlan.uniform(
+        Affine(bits=8, parameter_dtype="float32"), Affine(bits=4, parameter_dtype="float32")
+    ),
+    "head-groups": LayerPlan(
+        groups=(
+            HeadGroup(heads=(2, 0), key=channel(4, 32), value=Affine(bits=2)),
+            HeadGroup(heads=(1,), key=Affine(bits=8), value=Affine(bits=3)),
+        ),
+        residual_length=32,
+        sink_tokens=1,
+    ),
+}
+
+
+def random_states(num_tokens, rows=2, seed=0, dtype=torch.float32):
+    """Keys and values of a few tokens; one key channel lies far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(rows, HEADS, num_tokens, KEY_DIM, generator=generator)
+    keys[..., 3] += 20
+    values = torch.randn(rows, HEADS, num_tokens, VALUE_DIM, generator=generator)
+    return keys.to(dtype), values.to(dtype)
+
+
+class NaiveRow:
+    """Both sides of one batch row without its padding."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        self.tokens = {side: [] for side in SIDES}  # what attention sees: [H_kv, D] per token
+        self.packed = dict.fromkeys(SIDES, 0)
+
+    def __len__(self):
+        return len(self.tokens["key"])
+
+    def append(self, key_states, value_states):
+        for side, states in zip(SIDES, (key_states, value_states), strict=True):
+            self.tokens[side] += list(states.unbind(1))
+
+    def due(self, side):
+        plan = self.plan
+        beyond_sinks = max(0, len(self) - plan.sink_tokens)
+        leaving = max(0, beyond_sinks - plan.residual_length)
+        if plan.flush == "joint":
+            return leaving // plan.quantum * plan.quantum
+        if side == "key":
+            block = plan.residual_length or plan.block_tokens("key")
+            return beyond_sinks // block * block
+        return leaving // plan.block_tokens("value") * plan.block_tokens("value")
+
+    def flush(self):
+        for side in SIDES:
+            count = self.due(side) - self.packed[side]
+            if count > 0:
+                first = self.plan.sink_tokens + self.packed[side]
+                states = torch.stack(self.tokens[side][first : first + count], 1)
+                self.tokens[side][first : first + count] = self.stored(side, states).unbind(1)
+                self.packed[side] += count
+
+    def stored(self, side, states):
+        """What the codecs make of ``[H_kv, T, D]``, each head group by its own."""
+        decoded = torch.empty_like(states)
+        for group in self.plan.groups:
+            heads = list(range(len(states)) if group.heads is None else group.heads)
+            codec = group.codec(side)
+            decoded[heads] = codec.decode(codec.encode(states[None, heads]))[0].to(states.dtype)
+        return decoded
+
+    def crop(self, length):
+        """Forget tokens from ``length`` on; return how many went back to the residual."""
+        num_returned = 0
+        for side in SIDES:
+            del self.tokens[side][length:]
+            block = self.plan.block_tokens(side)
+            reachable = max(0, length - self.plan.sink_tokens)
+            if reachable < self.packed[side]:
+                self.packed[side] = reachable // block * block
+                num_returned += reachable - self.packed[side]
+        return num_returned
+
+
+class NaiveLayer:
+    """A batch of naive rows with left padding."""
+
+    def __init__(self, plan, padding):
+        self.padding = list(padding)
+        self.rows = [NaiveRow(plan) for _ in padding]
+        self.num_tokens = 0
+        self.num_reencoded_tokens = 0
+        self.is_recording = False
+
+    def update(self, key_states, value_states):
+        for row, padding, keys, values in zip(
+            self.rows, self.padding, key_states, value_states, strict=True
+        ):
+            first = max(0, padding - self.num_tokens)
+            row.append(keys[:, first:], values[:, first:])
+        self.num_tokens += key_states.shape[2]
+        self._flush()
+
+    def _flush(self):
+        if not self.is_recording:
+            for row in self.rows:
+                row.flush()
+
+    def crop(self, num_removed):
+        self.num_tokens -= num_removed
+        if num_removed:
+            for row, padding in zip(self.rows, self.padding, strict=True):
+                self.num_reencoded_tokens += row.crop(max(0, self.num_tokens - padding))
+        if self.is_recording:
+            for row in self.rows:
+                row.flush()
+
+    def map_rows(self, index):
+        self.rows = [copy.deepcopy(self.rows[i]) for i in index]
+        self.padding = [self.padding[i] for i in index]
+
+    def assert_equals(self, layer):
+        """The dense states, packed lengths and counters of ``layer`` are those of the oracle."""
+        assert layer.num_tokens == self.num_tokens
+        assert list(layer.padding) == self.padding
+        assert layer.num_reencoded_tokens == self.num_reencoded_tokens
+        states = layer.states()
+        for side in SIDES:
+            packed = [row.packed[side] for row in self.rows]
+            assert layer.packed_lengths(side).tolist() == packed, side
+            dense = states.dense(side)
+            for index, (row, padding) in enumerate(zip(self.rows, self.padding, strict=True)):
+                assert (dense[index, :, :padding] == 0).all()
+                if len(row):
+                    expected = torch.stack(row.tokens[side], 1)
+                    assert torch.equal(dense[index, :, padding:], expected), (side, index)
