@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def run_task(
     examples = task.generate(n, seed=seed, split=split)
     prompts = [encode_document(tokenizer, example.prompt) for example in examples]
     correct, most_bytes = [False] * n, 0
-    with attention_for(model, plan):
+    with attention_for(model, plan), _own_defaults(model):
         for rows in _batches(prompts, batch_size):
             cache = new_cache(model, plan, quantize_prefill=quantize_prefill)
             texts = _generate(model, tokenizer, task, [prompts[row] for row in rows], cache)
@@ -134,28 +135,25 @@ def _generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             past_key_values=cache,
-            generation_config=_greedy(model, task.max_new_tokens, padding, tokenizer),
+            do_sample=False,
+            max_new_tokens=task.max_new_tokens,
+            pad_token_id=padding,
+            eos_token_id=_end_tokens(model, tokenizer),
             stopping_criteria=StoppingCriteriaList([_StopString(tokenizer, task.stop, width)]),
         )
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return [_until(text, task.stop) for text in texts]
 
 
-def _greedy(model: Any, max_new_tokens: int, padding: int, tokenizer: Any) -> GenerationConfig:
-    """Return settings that no default of the model's own generation config can change."""
-    ends = model.generation_config.eos_token_id
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-        max_length=None,
-        use_cache=True,
-        pad_token_id=padding,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
-    )
+@contextmanager
+def _own_defaults(model: Any) -> Iterator[None]:
+    """Set the model's generation config aside: Qwen's, for one, penalises repetition."""
+    former = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=former.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = former
 
 
 def _padding_token(model: Any, tokenizer: Any) -> int:
@@ -163,6 +161,11 @@ def _padding_token(model: Any, tokenizer: Any) -> int:
         if token is not None and token >= 0:
             return int(token)
     return 0
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> Any:
+    own = model.generation_config.eos_token_id
+    return tokenizer.eos_token_id if own is None else own
 
 
 def _until(text: str, stop: str) -> str:

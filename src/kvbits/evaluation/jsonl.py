@@ -32,7 +32,9 @@ def append_json_line(path: str | Path, value: Mapping[str, Any]) -> None:
     try:
         with _locked(descriptor):
             _cut_torn_line(descriptor, path)
-            os.write(descriptor, line.encode())
+            data = line.encode()
+            if os.write(descriptor, data) < len(data):
+                raise OSError(f"{path} must have room for a line of {len(data)} bytes, got less")
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
