@@ -95,9 +95,19 @@ def test_comparison_never_gives_the_search_more_bits(run):
     found = compare.compare_at_equal_bits(run.points)
     assert {item.baseline.origin for item in found} == {"uniform", "ladder", "random"}
     for item in found:
-        allowed = item.baseline.effective_bits + compare.EQUAL_BITS
-        assert item.searched.effective_bits <= allowed
+        gap = item.searched.effective_bits - item.baseline.effective_bits
+        assert -compare.FEWER_BITS <= gap <= compare.MORE_BITS
         assert set(item.ratios) == set(DOMAINS)
+
+
+def test_a_searched_plan_that_equals_a_baseline_says_so(run_dir):
+    front = json.loads((run_dir / "front.json").read_text())
+    uniform = next(p for p in front["points"] if p["name"] == "uniform K4V4")
+    front["points"].append(uniform | {"name": "exact 4.50", "origin": "exact"})
+    edit_front(run_dir, points=front["points"])
+    names = [row[0] for row in tables.verified(collect(run_dir)).rows]
+    assert "exact 4.50 (same as uniform K4V4)" in names
+    assert "uniform K4V4" in names
 
 
 def test_a_comparison_the_search_lost_is_shown(run):

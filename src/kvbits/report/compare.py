@@ -9,13 +9,14 @@ from typing import NamedTuple
 from kvbits.report.collect import Point, Run, Sensitivity
 
 BASELINE_ORIGINS = ("uniform", "ladder", "random")
-# A searched plan may be this much larger than the baseline and still count as equal: one side of
-# one layer in twelve moves the mean of a plan by up to 0.17 bits, so exact equality is rare.
-EQUAL_BITS = 0.05
+# What counts as equal size: a searched plan at most this much larger than the baseline, or this
+# much smaller. One side of one layer in twelve moves a plan's mean by 0.17 bits, so that plans of
+# exactly equal size are rare; the search gets the short end.
+MORE_BITS, FEWER_BITS = 0.05, 0.2
 
 
 class Comparison(NamedTuple):
-    """A baseline and the searched plan of at most its size (within ``EQUAL_BITS``).
+    """A baseline and the searched plan of equal size (``MORE_BITS``, ``FEWER_BITS``).
 
     ``ratios`` holds searched / baseline KL per domain: below one, the search did better.
     """
@@ -35,20 +36,21 @@ class Grid(NamedTuple):
 
 
 def compare_at_equal_bits(points: Sequence[Point]) -> tuple[Comparison, ...]:
-    """Pair every measured baseline with the best-measured searched plan that is no larger."""
+    """Pair every measured baseline with the largest searched plan of equal size, if any."""
     searched = [point for point in points if point.is_searched and point.measured_kl]
     found = []
     for baseline in points:
         if baseline.origin not in BASELINE_ORIGINS or not baseline.measured_kl:
             continue
-        partner = _largest_within(searched, baseline.effective_bits + EQUAL_BITS)
+        partner = _partner(searched, baseline.effective_bits)
         if partner is not None:
             found.append(Comparison(baseline, partner, _ratios(partner, baseline)))
     return tuple(found)
 
 
-def _largest_within(points: Sequence[Point], limit: float) -> Point | None:
-    fitting = [point for point in points if point.effective_bits <= limit]
+def _partner(points: Sequence[Point], bits: float) -> Point | None:
+    low, high = bits - FEWER_BITS, bits + MORE_BITS
+    fitting = [point for point in points if low <= point.effective_bits <= high]
     return max(fitting, key=lambda point: point.effective_bits, default=None)
 
 
@@ -89,3 +91,9 @@ def full_precision_tasks(run: Run) -> Mapping[str, float]:
     """Return each task's accuracy with the full-precision cache, where it was measured."""
     full = next((point for point in run.points if point.origin == "full"), None)
     return {name: task.accuracy for name, task in full.tasks.items()} if full else {}
+
+
+def same_plans(points: Sequence[Point]) -> dict[str, str]:
+    """Return, by name, the baseline that a searched plan is equal to, layer by layer."""
+    baselines = {p.pairs: p.name for p in points if p.origin in BASELINE_ORIGINS}
+    return {p.name: baselines[p.pairs] for p in points if p.is_searched and p.pairs in baselines}

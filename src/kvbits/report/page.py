@@ -170,9 +170,9 @@ def _comparison(run: Run) -> str:
         parts += [_paragraph(text), tables.render_table(paired)]
     if (equal := tables.comparison(run)).rows:
         text = (
-            "At every size: each baseline beside the largest searched plan that is not more than "
-            "0.05 bits larger. The last columns are searched KL divided by the baseline's: below "
-            "1 the search did better, above 1 the baseline did."
+            "At every size: each baseline beside the largest searched plan that was measured and "
+            "is at most 0.05 bits larger and 0.2 smaller. The last columns are searched KL "
+            "divided by the baseline's: below 1 the search did better, above 1 the baseline did."
         )
         parts += [_paragraph(text), tables.render_table(equal)]
     return _section("Search against uniform, ladder and random plans", *parts) if parts else ""

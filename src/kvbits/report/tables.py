@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from kvbits.report import numbers
 from kvbits.report.collect import Measurement, PairedComparison, Point, Run, TaskResult
-from kvbits.report.compare import compare_at_equal_bits, sensitivity_grids
+from kvbits.report.compare import compare_at_equal_bits, same_plans, sensitivity_grids
 
 CHECKSUM_DIGITS = 12
 ORIGINS = {"exact": "search, exact", "nsga2": "search, NSGA-II", "full": "full precision"}
@@ -84,7 +84,7 @@ def verified(run: Run) -> Table:
     header += [f"KL {domain}" for domain in domains]
     rows = []
     for point in measured:
-        cells = _name_cells(point)
+        cells = _name_cells(run, point)
         if run.context:
             cells.append(numbers.bits(point.effective_bits_at_context))
         rows.append((*cells, *(_kl(point.measured_kl.get(domain)) for domain in domains)))
@@ -101,13 +101,15 @@ def task_results(run: Run) -> Table:
     for point in measured:
         results = [point.tasks.get(name) for name in run.tasks]
         cells = [cell for task in results for cell in _task_cells(task)]
-        rows.append((*_name_cells(point), *cells))
+        rows.append((*_name_cells(run, point), *cells))
     return Table(tuple(header), tuple(rows), _chosen_rows(measured))
 
 
-def _name_cells(point: Point) -> list[str]:
+def _name_cells(run: Run, point: Point) -> list[str]:
     origin = ORIGINS.get(point.origin, point.origin)
-    return [point.name, origin, numbers.bits(point.effective_bits)]
+    same = same_plans(run.points).get(point.name)
+    name = point.name if same is None else f"{point.name} (same as {same})"
+    return [name, origin, numbers.bits(point.effective_bits)]
 
 
 def _task_cells(task: TaskResult | None) -> list[str]:
