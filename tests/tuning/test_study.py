@@ -186,12 +186,12 @@ def test_no_time_stands_in_the_results(finished):
 
 def test_other_settings_and_other_models_are_refused(finished, model, tokenizer, data):
     path = finished["exact"].run_dir
-    with pytest.raises(RecordError, match=r"another bits \(4.5 there, 5.0 now\)"):
+    with pytest.raises(RecordError, match=r"another settings bits \(4.5 there, 5.0 now\)"):
         tune(model, tokenizer, EXACT.model_copy(update={"bits": 5.0}), path, data=data)
     other = AutoModelForCausalLM.from_config(model.config).eval()
-    with pytest.raises(RecordError, match="another weights"):
+    with pytest.raises(RecordError, match="another model weights"):
         tune(other, tokenizer, EXACT, path, data=data)
-    with pytest.raises(RecordError, match="another text"):
+    with pytest.raises(RecordError, match="another data calibration recall"):
         tune(model, tokenizer, EXACT, path, data=Data(data.heldout, data.calibration))
 
 

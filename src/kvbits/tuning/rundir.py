@@ -132,8 +132,14 @@ _LOOSE = frozenset({"versions", "created"})
 
 
 def _difference(key: str, stored: Any, asked: Any) -> str:
+    """Name the first leaf that differs, with both values."""
     if isinstance(stored, dict) and isinstance(asked, dict):
         for name in sorted(stored.keys() | asked.keys()):
             if stored.get(name) != asked.get(name):
-                return f"{name} ({stored.get(name)!r} there, {asked.get(name)!r} now)"
-    return f"{key} ({stored!r} there, {asked!r} now)"
+                return _difference(f"{key} {name}", stored.get(name), asked.get(name))
+    return f"{key} ({_short(stored)} there, {_short(asked)} now)"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
