@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tuning_synthetic import make_problem
 
-from kvbits.tuning.search.exact import Problem
+from kvbits.tuning.problem import Problem
 
 
 @pytest.fixture

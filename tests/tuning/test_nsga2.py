@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from kvbits.errors import RecordError
+from kvbits.tuning.problem import Problem
 from kvbits.tuning.progress import Silent
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.search import nsga2
-from kvbits.tuning.search.exact import Problem
 
 SPACE = nsga2.Space(((0, 2), (1,), (3, 4, 5)), ((0, 1, 5, 9), (1, 2, 5, 6), (0, 1, 5, 9)))
 

@@ -46,7 +46,9 @@ def test_identity_is_kept_and_versions_may_differ(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path):
     run = RunDir(tmp_path)
     run.check_identity({"settings": {"bits": 4.0, "seed": 0}})
-    with pytest.raises(RecordError, match=r"another settings bits \(4.0 there, 5.0 now\); choose another"):
+    with pytest.raises(
+        RecordError, match=r"another settings bits \(4.0 there, 5.0 now\); choose another"
+    ):
         run.check_identity({"settings": {"bits": 5.0, "seed": 0}})
 
 

@@ -7,11 +7,11 @@ from kvbits.tuning.search.exact import solve
 
 
 def best_uniform(problem, bits):
-    return baselines.best(baselines.uniform(problem), bits)
+    return baselines.best(problem, baselines.uniform(problem), bits)
 
 
 def best_ladder(problem, bits):
-    return baselines.best(baselines.ladders(problem), bits)
+    return baselines.best(problem, baselines.ladders(problem), bits)
 
 
 def test_uniform_plans_come_smallest_first_with_honest_sizes(problem):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbits.tuning.search.exact import Problem, build_problem
+from kvbits.tuning.problem import Problem, build_problem
 from kvbits.tuning.tables import CostTable, SensitivityTable, candidate_pairs
 
 
@@ -33,4 +33,4 @@ def make_problem(
     names = tuple(f"domain{i}" for i in range(domains))
     table = SensitivityTable(names, widths, kl_nats)
     costs = make_costs(layers, widths, unequal)
-    return build_problem(table, costs, reference_bits=4.0, objective=objective)
+    return build_problem(table, costs, bits=4.0, objective=objective)

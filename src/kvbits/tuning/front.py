@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.plan import CachePlan, Dataset, Metric, Provenance
+from kvbits.tuning.problem import Problem
 from kvbits.tuning.rivals import Entry
-from kvbits.tuning.search.exact import Problem
 from kvbits.tuning.sensitivity import Meter, rounded
 from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import Allocation

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from kvbits.tuning.problem import Problem
 from kvbits.tuning.search import baselines
 from kvbits.tuning.search.baselines import Named
-from kvbits.tuning.search.exact import Problem
 from kvbits.tuning.tables import Allocation
 
 
@@ -19,20 +19,15 @@ class Entry(NamedTuple):
     allocation: Allocation
     measures_tasks: bool = False
 
-    @property
-    def rank(self) -> tuple[float, float]:
-        """Order of preference: least calibration loss, then least size."""
-        return self.allocation.loss, self.allocation.effective_bits
-
     def fits(self, bits: float) -> bool:
         """Whether the plan stores at most ``bits`` effective bits."""
         return self.allocation.effective_bits <= bits + 1e-9
 
 
-def choose(front: Sequence[Allocation], bits: float) -> Allocation | None:
-    """Return the plan of least calibration loss within the budget, the smaller of equals."""
-    fitting = [Entry("", "", plan) for plan in front if Entry("", "", plan).fits(bits)]
-    return min(fitting, key=lambda entry: entry.rank).allocation if fitting else None
+def choose(problem: Problem, front: Sequence[Allocation], bits: float) -> Allocation | None:
+    """Return the plan of least calibration loss within ``bits``; the smaller of equals."""
+    found = baselines.best(problem, [("", plan) for plan in front], bits)
+    return None if found is None else found[1]
 
 
 def list_entries(
@@ -41,6 +36,7 @@ def list_entries(
     *,
     strategy: str,
     bits: float,
+    chosen: Allocation,
     random_seeds: Sequence[int],
 ) -> list[Entry]:
     """List what to verify: the front and the best ladder at the budget and at the size of each
@@ -54,12 +50,12 @@ def list_entries(
     sizes = sorted({*(plan.effective_bits for _, plan in uniform[:-1]), bits})
     listed = [
         Entry("full precision", "full", uniform[-1][1], measures_tasks=True),
-        *_searched(front, strategy, bits, sizes),
+        *_searched(problem, front, strategy, chosen, sizes),
         *(Entry(name, "uniform", plan) for name, plan in uniform[:-1]),
         *_ladders(problem, sizes),
         *_random(problem, bits, random_seeds),
     ]
-    return _with_tasks(listed, bits)
+    return _with_tasks(problem, listed, bits)
 
 
 def _undominated(plans: Iterable[Named]) -> list[Named]:
@@ -73,23 +69,34 @@ def _undominated(plans: Iterable[Named]) -> list[Named]:
 
 
 def _searched(
-    front: Sequence[Allocation], strategy: str, bits: float, sizes: Iterable[float]
+    problem: Problem,
+    front: Sequence[Allocation],
+    strategy: str,
+    chosen: Allocation,
+    sizes: Iterable[float],
 ) -> list[Entry]:
-    """The best plan within every size, and the chosen plan's neighbours on the front."""
-    picked = {plan.choice: plan for size in sizes if (plan := choose(front, size)) is not None}
-    above = [plan for plan in front if plan.effective_bits > bits + 1e-9]
-    below = [plan for plan in front if plan.effective_bits <= bits + 1e-9][:-1]
-    for plan in (*above[:1], *below[-1:]):
+    """The chosen plan, its neighbours on the front, and the best plan within every size."""
+    picked = {chosen.choice: chosen}
+    for size in sizes:
+        plan = choose(problem, front, size)
+        if plan is not None:
+            picked.setdefault(plan.choice, plan)
+    larger = [plan for plan in front if plan.effective_bits > chosen.effective_bits + 1e-9]
+    smaller = [plan for plan in front if plan.effective_bits < chosen.effective_bits - 1e-9]
+    for plan in (*larger[:1], *smaller[-1:]):
         picked.setdefault(plan.choice, plan)
     ordered = sorted(picked.values(), key=lambda plan: plan.effective_bits)
-    return [Entry(f"{strategy} {plan.effective_bits:.2f}", strategy, plan) for plan in ordered]
+    return [
+        Entry(f"{strategy} {plan.effective_bits:.2f}", strategy, plan, plan is chosen)
+        for plan in ordered
+    ]
 
 
 def _ladders(problem: Problem, sizes: Iterable[float]) -> list[Entry]:
     family = list(baselines.ladders(problem))
     found = {}
     for size in sizes:
-        best = baselines.best(family, size)
+        best = baselines.best(problem, family, size)
         if best is not None:
             found[best[1].choice] = Entry(best[0], "ladder", best[1])
     return list(found.values())
@@ -104,14 +111,15 @@ def _random(problem: Problem, bits: float, seeds: Sequence[int]) -> list[Entry]:
     ]
 
 
-def _with_tasks(listed: Sequence[Entry], bits: float) -> list[Entry]:
-    best: dict[str, int] = {}
-    for index, entry in enumerate(listed):
-        if entry.fits(bits):
-            held = best.setdefault(entry.origin, index)
-            if entry.rank < listed[held].rank:
-                best[entry.origin] = index
+def _with_tasks(problem: Problem, listed: Sequence[Entry], bits: float) -> list[Entry]:
+    """Mark the best fitting entry of every kind of rival."""
+    marked = set()
+    for origin in ("uniform", "ladder", "random"):
+        plans = [(entry.name, entry.allocation) for entry in listed if entry.origin == origin]
+        best = baselines.best(problem, plans, bits)
+        if best is not None:
+            marked.add((origin, best[0]))
     return [
-        entry._replace(measures_tasks=entry.measures_tasks or index in best.values())
-        for index, entry in enumerate(listed)
+        entry._replace(measures_tasks=entry.measures_tasks or (entry.origin, entry.name) in marked)
+        for entry in listed
     ]

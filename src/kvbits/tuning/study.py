@@ -22,11 +22,12 @@ from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
 from kvbits.tuning.front import Findings, front_document, plan_with_account
 from kvbits.tuning.identity import Data, identity, versions
+from kvbits.tuning.problem import Problem, build_problem
 from kvbits.tuning.progress import Progress, Silent
 from kvbits.tuning.prune import pareto_sets
+from kvbits.tuning.refine import refine, refinement_candidates
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.search import exact, nsga2
-from kvbits.tuning.search.exact import Problem
 from kvbits.tuning.sensitivity import Meter, profile_errors, profile_kl
 from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import (
@@ -90,8 +91,7 @@ def tune(
     study = _Study(model, tokenizer, settings, data, costs, run, progress or Silent())
     with run.lock():
         run.check_identity(identity(model, settings, data))
-        problem, front = _search(study)
-        findings = _verify(study, problem, front)
+        findings = _verify(study, _search(study))
         document = front_document(findings)
         plan = plan_with_account(findings, data.calibration, versions())
         run.write_json("front.json", document)
@@ -135,7 +135,13 @@ def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> No
         )
 
 
-def _search(study: _Study) -> tuple[Problem, list[Allocation]]:
+class _Found(NamedTuple):
+    problem: Problem
+    front: list[Allocation]
+    chosen: Allocation
+
+
+def _search(study: _Study) -> _Found:
     settings, costs, run = study.settings, study.costs, study.run
     meter = Meter(study.model, study.data.calibration, settings.mode)
     error_records = profile_errors(meter, costs.pairs, run=run, progress=study.progress)
@@ -145,19 +151,38 @@ def _search(study: _Study) -> tuple[Problem, list[Allocation]]:
         widths=settings.widths,
         layers=meter.layers,
     )
-    problem = exact.build_problem(
+    problem = build_problem(
         table,
         costs,
-        reference_bits=settings.bits,
+        bits=settings.bits,
         objective=settings.objective,
         weights=settings.domain_weights,
     )
     errors = np.array([record["e_o"] for record in error_records]).reshape(costs.units.shape)
     space = _prune(meter, costs, errors, run)
-    if settings.strategy == "exact":
-        # The programme needs no pruning: it takes every candidate of every layer.
-        return problem, exact.solve_front(problem, exact.budget_grid(costs, settings.bits))
-    return problem, _evolve(study, meter, problem, space)
+    if settings.strategy == "nsga2":
+        front = _evolve(study, meter, problem, space)
+        return _Found(problem, front, _fitting(problem, front, settings))
+    # The programme needs no pruning: it takes every candidate of every layer.
+    front = exact.solve_front(problem, exact.budget_grid(costs, settings.bits))
+    chosen = refine(
+        problem,
+        refinement_candidates(problem, settings.bits),
+        lambda choice: meter.kl_nats(costs.pairs_of(choice)),
+        run=run,
+        progress=study.progress,
+    )
+    return _Found(problem, front, chosen)
+
+
+def _fitting(problem: Problem, front: Sequence[Allocation], settings: TuneSettings) -> Allocation:
+    chosen = rivals.choose(problem, front, settings.bits)
+    if chosen is None:
+        raise ValueError(
+            f"trials must be enough to find a plan within {settings.bits:g} bits, "
+            f"got {settings.trials}; strategy exact always finds one"
+        )
+    return chosen
 
 
 def _evolve(study: _Study, meter: Meter, problem: Problem, space: nsga2.Space) -> list[Allocation]:
@@ -184,19 +209,14 @@ def _prune(meter: Meter, costs: CostTable, errors: FloatArray, run: RunDir) -> n
     return nsga2.Space(groups, tuple(kept[group[0]] for group in groups))
 
 
-def _verify(study: _Study, problem: Problem, front: list[Allocation]) -> Findings:
+def _verify(study: _Study, found: _Found) -> Findings:
     settings = study.settings
-    chosen = rivals.choose(front, settings.bits)
-    if chosen is None:
-        raise ValueError(
-            f"trials must be enough to find a plan within {settings.bits:g} bits, "
-            f"got {settings.trials}; strategy exact always finds one"
-        )
     entries = rivals.list_entries(
-        problem,
-        front,
+        found.problem,
+        found.front,
         strategy=settings.strategy,
         bits=settings.bits,
+        chosen=found.chosen,
         random_seeds=[1000 * settings.seed + n for n in range(settings.random_plans)],
     )
     verifier = Verifier(
@@ -206,7 +226,9 @@ def _verify(study: _Study, problem: Problem, front: list[Allocation]) -> Finding
         study.run,
     )
     domains = tuple(token_set.domain for token_set in study.data.calibration)
-    findings = Findings(settings, problem, domains, entries, front, chosen, verifier)
+    findings = Findings(
+        settings, found.problem, domains, entries, found.front, found.chosen, verifier
+    )
     plans = [(entry, findings.pairs(entry.allocation)) for entry in entries]
     verifier.run_all(plans, study.progress)
     return findings

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from kvbits.tuning.search.exact import Problem
+from kvbits.tuning.problem import Problem
 from kvbits.tuning.tables import Allocation
 
 Named: TypeAlias = tuple[str, Allocation]
@@ -73,9 +73,15 @@ def random_plan(problem: Problem, bits: float, *, seed: int) -> Allocation | Non
         left -= int(steps[layer])
 
 
-def best(plans: Iterable[Named], bits: float) -> Named | None:
-    """Return the plan of least predicted loss within ``bits``, or None where none fits."""
+def best(problem: Problem, plans: Iterable[Named], bits: float) -> Named | None:
+    """Return the plan of least predicted loss within ``bits``, or None where none fits.
+
+    The loss is the one the search minimises at this size; of equals the smaller plan is taken.
+    """
+    here = problem.at(bits)
     fitting = [(name, plan) for name, plan in plans if plan.effective_bits <= bits + 1e-9]
-    if not fitting:
-        return None
-    return min(fitting, key=lambda named: (named[1].loss, named[1].effective_bits, named[0]))
+    return min(
+        fitting,
+        key=lambda named: (here.score(named[1].predicted_kl), named[1].effective_bits, named[0]),
+        default=None,
+    )

@@ -10,91 +10,21 @@ per cent), so the best plan for a budget is a knapsack with one choice per layer
                 x binary
 
 Minimax over domains, because the text a plan is tuned on decides what it keeps: a plan tuned on
-one kind of text alone can be worse than a uniform one on another. Losses are normalised per domain
-(``normalised_loss``), so t = 1 means "as bad as the reference plan in the worst domain".
+one kind of text alone can be worse than a uniform one on another. Losses are relative to uniform
+plans of the same size (``kvbits.tuning.problem``): t < 1 means better in every domain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Iterable
 
 import numpy as np
 
-from kvbits.tuning.prune import pareto_mask
-from kvbits.tuning.tables import (
-    Allocation,
-    Choice,
-    CostTable,
-    FloatArray,
-    IntArray,
-    SensitivityTable,
-)
-
-Objective: TypeAlias = Literal["minimax", "sum"]
+from kvbits.tuning.problem import Problem
+from kvbits.tuning.tables import Allocation, Choice, CostTable, FloatArray, IntArray
 
 # HiGHS stops at this relative gap; plans this close cannot be told apart by measuring.
 RELATIVE_GAP = 1e-6
-
-
-class Problem(NamedTuple):
-    """One allocation problem: normalised losses ``[domains, L, P]`` beside the costs."""
-
-    costs: CostTable
-    kl_nats: FloatArray  # [domains, L, P], nats per token
-    norms: FloatArray  # [domains], nats per token of the reference plan
-    weights: FloatArray  # [domains], used by objective "sum"
-    objective: Objective
-
-    @property
-    def loss(self) -> FloatArray:
-        return self.kl_nats / self.norms[:, None, None]
-
-    def predicted_kl(self, choice: Choice) -> FloatArray:
-        """Return the additive KL of a choice, ``[domains]``, nats per token."""
-        layers = np.arange(len(choice))
-        return np.asarray(self.kl_nats[:, layers, list(choice)].sum(axis=1))
-
-    def score(self, kl_nats: FloatArray) -> float:
-        """Return the objective of per-domain KLs, predicted or measured, ``[domains]``."""
-        normalised = kl_nats / self.norms
-        if self.objective == "minimax":
-            return float(normalised.max())
-        return float((self.weights * normalised).sum() / self.weights.sum())
-
-    def allocation(self, choice: Choice) -> Allocation:
-        """Return a choice with its size, its predicted KLs and its objective."""
-        predicted = self.predicted_kl(choice)
-        bits = self.costs.effective_bits(choice)
-        return Allocation(choice, bits, tuple(map(float, predicted)), self.score(predicted))
-
-
-def build_problem(
-    table: SensitivityTable,
-    costs: CostTable,
-    *,
-    reference_bits: float,
-    objective: Objective = "minimax",
-    weights: Sequence[float] | None = None,
-) -> Problem:
-    """Normalise the table by the uniform plan whose size is nearest ``reference_bits``.
-
-    Each domain is divided by the additive KL of that plan, so that domains whose text is harder to
-    predict, and whose KLs are larger throughout, do not decide alone. One reference serves the
-    whole front; the exact pair, whose KL is zero, is never the reference.
-    """
-    kl_nats = table.pair_kl(costs.pairs)
-    totals = kl_nats.sum(axis=1)  # [domains, P]
-    lossy = np.flatnonzero(totals.max(axis=0) > 0)
-    layers = costs.units.shape[0]
-    if lossy.size == 0:
-        norms = np.ones(len(table.domains))
-    else:
-        distance = [abs(costs.effective_bits((p,) * layers) - reference_bits) for p in lossy]
-        norms = totals[:, lossy[int(np.argmin(distance))]]
-    norms = np.where(norms > 0, norms, 1.0)
-    weight = np.ones(len(table.domains)) if weights is None else np.asarray(weights, float)
-    return Problem(costs, kl_nats, norms, weight, objective)
 
 
 def solve(problem: Problem, budget: int) -> Choice | None:
@@ -179,14 +109,24 @@ def budget_grid(costs: CostTable, bits: float, step: float = 0.25) -> tuple[floa
 
 
 def solve_front(problem: Problem, grid: Iterable[float]) -> list[Allocation]:
-    """Solve every budget of the grid; return the undominated plans, smallest first."""
+    """Solve every budget of the grid, each relative to uniform plans of its own size.
+
+    Returns:
+        The distinct plans, smallest first, without those that a plan not larger matches or beats
+        in every domain; losses are relative to ``problem.norms``.
+    """
     choices: dict[Choice, None] = {}
     for bits in grid:
-        choice = solve(problem, problem.costs.budget(bits))
+        choice = solve(problem.at(bits), problem.costs.budget(bits))
         if choice is not None:
             choices[choice] = None
     points = [problem.allocation(choice) for choice in choices]
-    sizes = np.array([point.effective_bits for point in points])
-    keep = pareto_mask(sizes, np.array([point.loss for point in points]))
-    kept = [point for point, kept in zip(points, keep, strict=True) if kept]
-    return sorted(kept, key=lambda point: point.effective_bits)
+    kept: list[Allocation] = []
+    for point in sorted(points, key=lambda p: (p.effective_bits, p.loss)):
+        if not any(_matches(smaller, point) for smaller in kept):
+            kept.append(point)
+    return kept
+
+
+def _matches(a: Allocation, b: Allocation) -> bool:
+    return all(x <= y for x, y in zip(a.predicted_kl, b.predicted_kl, strict=True))

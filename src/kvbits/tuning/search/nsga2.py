@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from kvbits.errors import RecordError
+from kvbits.tuning.problem import Problem
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.prune import pareto_mask
 from kvbits.tuning.rundir import RunDir
-from kvbits.tuning.search.exact import Problem
 from kvbits.tuning.tables import Allocation, Choice
 
 Evaluate: TypeAlias = Callable[[Choice], tuple[float, ...]]
