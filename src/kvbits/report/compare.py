@@ -94,6 +94,13 @@ def full_precision_tasks(run: Run) -> Mapping[str, float]:
 
 
 def same_plans(points: Sequence[Point]) -> dict[str, str]:
-    """Return, by name, the baseline that a searched plan is equal to, layer by layer."""
-    baselines = {p.pairs: p.name for p in points if p.origin in BASELINE_ORIGINS}
+    """Return, by name, the baseline that a searched plan is equal to, layer by layer.
+
+    Names of ladders are long, so those only say that it is one.
+    """
+    baselines = {
+        point.pairs: point.name if point.origin == "uniform" else f"a {point.origin} plan"
+        for point in sorted(points, key=lambda point: point.origin)  # uniform comes last and wins
+        if point.origin in BASELINE_ORIGINS
+    }
     return {p.name: baselines[p.pairs] for p in points if p.is_searched and p.pairs in baselines}
