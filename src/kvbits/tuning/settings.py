@@ -11,6 +11,8 @@ from kvbits.evaluation.tasks import TASKS
 from kvbits.plan import MODES, WIDTHS
 from kvbits.tuning.tables import EXACT_BITS
 
+_SIZES = SetSize()
+
 
 class TuneSettings(BaseModel):
     """Settings of one study; immutable. Two studies with equal settings give equal results.
@@ -53,11 +55,11 @@ class TuneSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     text: str | None = None
     heldout_text: str | None = None
-    text_documents: int = Field(default=4, ge=1)
-    text_tokens: int = Field(default=512, ge=2)
-    reasoning_documents: int = Field(default=12, ge=1)
-    recall_documents: int = Field(default=4, ge=1)
-    recall_tokens: int = Field(default=512, ge=64)
+    text_documents: int = Field(default=_SIZES.text_documents, ge=1)
+    text_tokens: int = Field(default=_SIZES.text_tokens, ge=2)
+    reasoning_documents: int = Field(default=_SIZES.reasoning_documents, ge=1)
+    recall_documents: int = Field(default=_SIZES.recall_documents, ge=1)
+    recall_tokens: int = Field(default=_SIZES.recall_tokens, ge=64)
     trials: int = Field(default=100, ge=1)
     population: int = Field(default=20, ge=2)
     random_plans: int = Field(default=3, ge=0)
