@@ -204,15 +204,20 @@ def _declare_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return
-    is_first = not any(layer.is_initialized for layer in cache.packed_layers.values())
-    if not is_first and mask.shape[1] == cache.get_seq_length() + 1:
+    num_tokens = cache.get_seq_length()
+    if mask.shape[1] == num_tokens + 1 and not _awaits_padding(cache, num_tokens):
         return  # a decode step adds no padding; reading the mask would wait for the device
     real = mask.bool()
-    padding = real.int().argmax(-1)
+    padding = (~real).int().cumprod(-1).sum(-1)  # the whole width where a chunk holds no token yet
     if not bool((real.sum(-1) == real.shape[-1] - padding).all()):
         raise ValueError(
             "attention_mask must be left-padded (zeros, then ones) with a packed cache, got zeros "
             "after ones; pad prompts on the left"
         )
-    if is_first:
-        cache.set_padding(padding)
+    cache.set_padding(padding)
+
+
+def _awaits_padding(cache: QuantizedCache, num_tokens: int) -> bool:
+    """Whether nothing is stored yet, or some row has had nothing but padding so far."""
+    layer = next(iter(cache.packed_layers.values()))
+    return num_tokens == 0 or any(padding >= num_tokens for padding in layer.padding)
