@@ -65,7 +65,7 @@ def run_task(
     seed: int = 0,
     split: Split = "test",
     plan: CachePlan | None = None,
-    batch_size: int = 16,
+    batch_size: int = 64,
     quantize_prefill: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Accuracy:
