@@ -343,10 +343,12 @@ def test_tune_prints_tables_files_and_the_next_command(tiny_model_dir, tmp_path,
 
     monkeypatch.setattr(study, "tune", pretend)
     arguments = ("--bits", 4.5, "--mode", "kivi", "--task", "arithmetic,passkey", "-n", 7)
-    result = run("tune", tiny_model_dir, *arguments, "-o", tmp_path / "run")
+    more = ("--widths", "4,3", "-o", tmp_path / "run")
+    result = run("tune", tiny_model_dir, *arguments, *more)
     assert result.exit_code == 0, result.output
     (settings,) = asked
     assert (settings.bits, settings.mode, settings.task_n) == (4.5, "kivi", 7)
+    assert settings.widths == (4, 3)
     assert settings.tasks == ("arithmetic", "passkey")
     assert "* exact-" in result.stdout
     assert (tmp_path / "run" / "report.html").exists()
@@ -355,10 +357,19 @@ def test_tune_prints_tables_files_and_the_next_command(tiny_model_dir, tmp_path,
     assert f"kvbits generate {tiny_model_dir} --plan {tmp_path / 'run' / 'plan.json'}" in use
 
 
-def test_tune_settings_that_cannot_be_are_refused(tiny_model_dir, tmp_path):
-    result = run("tune", tiny_model_dir, "--task", "chess", "-o", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "chess"], "tasks must be among arithmetic"),
+        (["--widths", "5"], "widths must be among"),
+        (["--widths", "few"], "--widths must be numbers such as 8,4,2"),
+        (["--text", "a.txt"], "text and heldout_text must be given together"),
+    ],
+)
+def test_tune_settings_that_cannot_be_are_refused(tiny_model_dir, tmp_path, arguments, message):
+    result = run("tune", tiny_model_dir, *arguments, "-o", tmp_path / "run")
     assert result.exit_code == 1
-    assert "tasks must be among arithmetic" in one_line(result)
+    assert message in one_line(result)
     assert not (tmp_path / "run").exists()
 
 

@@ -40,6 +40,9 @@ def tune(
         Objective, typer.Option(help="minimax: the worst domain counts; sum: their mean.")
     ] = Objective.MINIMAX,
     task: Annotated[list[str] | None, typer.Option(help="Task to verify on; repeatable.")] = None,
+    widths: Annotated[
+        str | None, typer.Option(metavar="W,W,..", help="Code widths to choose from.")
+    ] = None,
     n: Annotated[int | None, typer.Option("-n", min=0, help="Problems per task.")] = None,
     text: Annotated[Path | None, typer.Option(help="Calibration text of your own.")] = None,
     heldout_text: Annotated[
@@ -61,6 +64,7 @@ def tune(
         "mode": mode.value,
         "objective": objective.value,
         "seed": seed,
+        "widths": parse_widths(widths),
         "tasks": tuple(name for item in task for name in item.split(",")) if task else None,
         "task_n": n,
         "text": None if text is None else str(text),
@@ -77,6 +81,20 @@ def tune(
             INTERRUPTED,
         )
     _print_result(model, run_dir)
+
+
+def parse_widths(text: str | None) -> tuple[int, ...] | None:
+    """Read ``8,4,2``.
+
+    Raises:
+        ValueError: a part is no number.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--widths must be numbers such as 8,4,2, got {text!r}")
+    return tuple(int(part) for part in parts)
 
 
 def _tune(name: str, run_dir: Path, device: str, dtype: str, given: dict[str, Any]) -> None:
