@@ -2,7 +2,7 @@
 
 plotly.js is embedded once, nothing is fetched, and every figure has its numbers in a table beside
 it, so that the page can be read without JavaScript. This file holds text only: numbers come from
-``collect`` and ``compare``, their wording from ``tables``.
+``collect`` and ``compare``, their wording from ``tables`` and ``account``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
-from kvbits.report import figures, tables
+from kvbits.report import account, figures, tables
 from kvbits.report.collect import Run, collect
 from kvbits.report.style import CSS
 
@@ -88,7 +88,7 @@ def render(run: Run, model: str | None = None) -> str:
         _section("Words", WORDS),
     ]
     return TEMPLATE.format(
-        title=escape(f"KV cache plan for {tables.model_name(run)}"),
+        title=escape(f"KV cache plan for {account.model_name(run)}"),
         css=CSS,
         plotly=get_plotlyjs(),
         sections="\n".join(section for section in sections if section),
@@ -129,8 +129,8 @@ def _use(run: Run, model: str | None) -> str:
         return ""
     return _section(
         "Use this plan",
-        f"<pre>{escape(tables.python_snippet(run))}</pre>",
-        f"<pre>{escape(tables.command_snippet(run, model))}</pre>",
+        f"<pre>{escape(account.python_snippet(run))}</pre>",
+        f"<pre>{escape(account.command_snippet(run, model))}</pre>",
     )
 
 
@@ -206,11 +206,11 @@ def _sensitivity(run: Run) -> str:
 
 
 def _measured_on(run: Run) -> str:
-    records = tables.measured_on(run)
+    records = account.measured_on(run)
     return _section(
         "What was measured on which data",
         tables.render_table(records) if records.rows else "",
         "<details><summary>Settings, checksums and versions</summary>",
-        tables.render_table(tables.settings(run), "summary"),
+        tables.render_table(account.settings(run), "summary"),
         "</details>",
     )
