@@ -22,7 +22,9 @@ class TuneSettings(BaseModel):
         strategy: ``exact`` solves the additive model; ``nsga2`` measures every trial.
         mode: ``per_token`` or ``kivi``.
         widths: Candidate code widths; every pair of them is a candidate, and 16 for both sides.
-        objective: ``minimax`` minimises the worst normalised domain, ``sum`` the weighted mean.
+        objective: What the search minimises of the domains' KLs, each relative to uniform plans
+            of the same size: ``sum`` their weighted mean, ``minimax`` the worst. Where uniform
+            is nearly the best in one domain, minimax gives up gains in all others for it.
         domain_weights: Weights of text, reasoning and recall for ``sum``; equal by default.
         context: Tokens of one sequence at which sizes are counted, residual and page rounding
             included; None counts what one more token of a long context adds.
@@ -32,7 +34,8 @@ class TuneSettings(BaseModel):
         heldout_text: Path of the text to verify on; the bundled held-out sample by default.
         text_documents: Windows of text per split.
         text_tokens: Tokens of a window.
-        reasoning_documents: Arithmetic problems per split.
+        reasoning_documents: Arithmetic problems per split; many, because a few tokens of a few
+            problems hold most of the KL.
         recall_documents: Recall documents per split.
         recall_tokens: Approximate tokens of a recall document.
         trials: Trials of ``nsga2``.
@@ -47,8 +50,8 @@ class TuneSettings(BaseModel):
     bits: float = Field(default=4.0, gt=0, le=EXACT_BITS)
     strategy: Literal["exact", "nsga2"] = "exact"
     mode: Literal["per_token", "kivi"] = "per_token"
-    widths: tuple[int, ...] = (8, 4, 2)
-    objective: Literal["minimax", "sum"] = "minimax"
+    widths: tuple[int, ...] = (8, 4, 3, 2)
+    objective: Literal["minimax", "sum"] = "sum"
     domain_weights: tuple[float, ...] | None = None
     context: int | None = Field(default=None, ge=1)
     report_context: int = Field(default=4096, ge=1)
@@ -57,7 +60,7 @@ class TuneSettings(BaseModel):
     heldout_text: str | None = None
     text_documents: int = Field(default=_SIZES.text_documents, ge=1)
     text_tokens: int = Field(default=_SIZES.text_tokens, ge=2)
-    reasoning_documents: int = Field(default=_SIZES.reasoning_documents, ge=1)
+    reasoning_documents: int = Field(default=24, ge=1)
     recall_documents: int = Field(default=_SIZES.recall_documents, ge=1)
     recall_tokens: int = Field(default=_SIZES.recall_tokens, ge=64)
     trials: int = Field(default=100, ge=1)

@@ -9,9 +9,10 @@ per cent), so the best plan for a budget is a knapsack with one choice per layer
                 sum over l, p of units[l, p] x[l, p] <= budget
                 x binary
 
-Minimax over domains, because the text a plan is tuned on decides what it keeps: a plan tuned on
-one kind of text alone can be worse than a uniform one on another. Losses are relative to uniform
-plans of the same size (``kvbits.tuning.problem``): t < 1 means better in every domain.
+That is objective ``minimax``; ``sum`` minimises the weighted mean over domains instead. Several
+domains, because the text a plan is tuned on decides what it keeps: a plan tuned on one kind of text
+alone can be worse than a uniform one on another. Losses are relative to uniform plans of the same
+size (``kvbits.tuning.problem``): t < 1 means better in every domain.
 """
 
 from __future__ import annotations
