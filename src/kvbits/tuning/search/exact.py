@@ -1,7 +1,7 @@
 """The whole front in seconds: an integer programme on the additive sensitivities.
 
-Isolated forward KLs add up (each side of each layer measured alone predicts a mixed plan to a few
-per cent), so the best plan for a budget is a knapsack with one choice per layer:
+Isolated forward KLs nearly add up (where they do not, ``refine`` measures), so the best plan for a
+budget is a knapsack with one choice per layer:
 
     minimise    t
     subject to  sum over l, p of loss[d, l, p] x[l, p] <= t     for every domain d
@@ -10,9 +10,9 @@ per cent), so the best plan for a budget is a knapsack with one choice per layer
                 x binary
 
 That is objective ``minimax``; ``sum`` minimises the weighted mean over domains instead. Several
-domains, because the text a plan is tuned on decides what it keeps: a plan tuned on one kind of text
-alone can be worse than a uniform one on another. Losses are relative to uniform plans of the same
-size (``kvbits.tuning.problem``): t < 1 means better in every domain.
+domains, because the text a plan is tuned on decides what it keeps: a plan tuned on one kind of
+text alone can be worse than a uniform one on another. Losses are relative to uniform plans of the
+same size (``kvbits.tuning.problem``): t < 1 means better in every domain.
 """
 
 from __future__ import annotations
