@@ -168,10 +168,13 @@ def _heat_map(grid: Grid, logs: list[list[float | None]], low: float, high: floa
         zmin=low,
         zmax=high,
         colorscale="YlOrBr",
-        text=[["" if v is None else numbers.significant(v, 2) for v in row] for row in grid.rows],
+        text=[["" if v is None else numbers.short(v) for v in row] for row in grid.rows],
+        customdata=[
+            ["" if v is None else numbers.significant(v) for v in row] for row in grid.rows
+        ],
         texttemplate="%{text}",
         textfont={"size": 10},
-        hovertemplate="layer %{y}, %{x}: %{text} nats<extra></extra>",
+        hovertemplate="layer %{y}, %{x}: %{customdata} nats<extra></extra>",
         xgap=1,
         ygap=1,
         colorbar={

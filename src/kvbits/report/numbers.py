@@ -26,6 +26,20 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
+def short(value: float) -> str:
+    """Fit a cell of a heat map: four characters, five below zero.
+
+    >>> short(0.0312), short(0.00034), short(2.24)
+    ('0.03', '3e-4', '2.2')
+    """
+    if abs(value) >= 1:
+        return f"{value:.1f}"
+    if abs(value) >= 0.01 or value == 0:
+        return f"{value:.2f}"
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
 def with_error(value: float, error: float) -> str:
     """Round value and standard error to the error's leading digit, two digits after a 1.
 
