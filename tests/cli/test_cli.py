@@ -357,6 +357,20 @@ def test_tune_prints_tables_files_and_the_next_command(tiny_model_dir, tmp_path,
     assert f"kvbits generate {tiny_model_dir} --plan {tmp_path / 'run' / 'plan.json'}" in use
 
 
+def test_tune_without_options_uses_the_settings_own_defaults(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    from kvbits.tuning import study
+    from kvbits.tuning.settings import TuneSettings
+
+    asked = []
+    monkeypatch.setattr(
+        study, "tune", lambda model, tokenizer, settings, *_: asked.append(settings)
+    )
+    run("tune", tiny_model_dir, "-o", tmp_path)
+    assert asked == [TuneSettings()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

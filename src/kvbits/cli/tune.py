@@ -37,8 +37,8 @@ def tune(
     ] = Strategy.EXACT,
     mode: Annotated[Mode, typer.Option(help="Where scales are shared.")] = Mode.PER_TOKEN,
     objective: Annotated[
-        Objective, typer.Option(help="minimax: the worst domain counts; sum: their mean.")
-    ] = Objective.MINIMAX,
+        Objective, typer.Option(help="sum: the mean of the domains; minimax: the worst one.")
+    ] = Objective.SUM,
     task: Annotated[list[str] | None, typer.Option(help="Task to verify on; repeatable.")] = None,
     widths: Annotated[
         str | None, typer.Option(metavar="W,W,..", help="Code widths to choose from.")
