@@ -35,7 +35,8 @@ class PackedCacheLayer(DynamicLayer):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        # Models may ask for their shape. A plain slice would keep the prompt's states alive.
+        self.keys, self.values = (x[:, :, :0].clone() for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(
@@ -84,6 +85,7 @@ class PackedCacheLayer(DynamicLayer):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove ``-tokens_to_remove`` tokens; a positive number is an absolute length."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         self.packed.crop(-tokens_to_remove)
@@ -147,6 +149,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
             layers[index] = PackedCacheLayer(packed)
         super().__init__(layers=layers, offloading=offloading)
         self.plans = tuple(plans)
+        self.quantize_prefill = quantize_prefill
 
     @property
     def packed_layers(self) -> dict[int, PackedLayer]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvbits.cache.hf import PackedCacheLayer, QuantizedCache
+from kvbits.cache.hf import PackedCacheLayer, QuantizedCache, watch_padding
 from kvbits.codecs.packing import LAYOUT_ID
 from kvbits.errors import RecordError, UnsupportedModelError
 from kvbits.layer_plan import LayerPlan
@@ -43,9 +43,9 @@ def save_cache(cache: QuantizedCache, path: str | Path) -> None:
         "layout": LAYOUT_ID,
         "plans": _PLANS.dump_json(cache.plans).decode(),
         "layers": json.dumps(facts),
-        "sha256": _checksum(tensors),
+        "quantize_prefill": json.dumps(cache.quantize_prefill),
     }
-    save_file(tensors, path, metadata=header)
+    save_file(tensors, path, metadata=header | {"sha256": _checksum(tensors, header)})
 
 
 def load_cache(path: str | Path, model: Any) -> QuantizedCache:
@@ -56,16 +56,18 @@ def load_cache(path: str | Path, model: Any) -> QuantizedCache:
         PlanError: If it does not fit the model.
     """
     tensors, header = _read(path)
+    if header.pop("sha256", None) != _checksum(tensors, header):
+        raise RecordError(f"path must match its checksum, got damaged states in {path}")
     try:
         plans = _PLANS.validate_json(header["plans"])
         facts = json.loads(header["layers"])
+        quantize_prefill = bool(json.loads(header["quantize_prefill"]))
     except (KeyError, ValueError, ValidationError) as error:
         raise RecordError(
             f"path must be a kvbits cache, got a damaged header in {path}"
         ) from error
-    if header.get("sha256") != _checksum(tensors):
-        raise RecordError(f"path must match its checksum, got damaged tensors in {path}")
-    cache = QuantizedCache(plans, model.config)
+    watch_padding(model)
+    cache = QuantizedCache(plans, model.config, quantize_prefill=quantize_prefill)
     for index, (layer, fact) in enumerate(zip(cache.layers, facts, strict=True)):
         prefix = f"{index}."
         own = {
@@ -119,8 +121,8 @@ def _restore(layer: Any, tensors: dict[str, Tensor], facts: dict[str, Any]) -> N
             layer.cumulative_length = facts["cumulative_length"]
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
