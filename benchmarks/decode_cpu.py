@@ -1,9 +1,11 @@
 """Decode speed on the CPU: tokens per second of a packed cache against transformers' DynamicCache.
 
-    python benchmarks/decode_cpu.py models/kvbits-tiny --threads 2 -o benchmarks/results/decode-cpu.jsonl
+    python benchmarks/decode_cpu.py models/kvbits-tiny --threads 2 \\
+        -o benchmarks/results/decode-cpu.jsonl
 
-Batch 1, greedy-sized steps (one token per forward), the same model, attention and loop for both. The
-median over ``--repeats`` interleaved runs is reported, so that a slow minute hits every variant.
+Batch 1, greedy-sized steps (one token per forward), the same model, attention and loop for both.
+The median over ``--repeats`` interleaved runs is reported, so that a slow minute hits every
+variant.
 """
 
 from __future__ import annotations

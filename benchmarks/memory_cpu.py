@@ -2,9 +2,9 @@
 
     python benchmarks/memory_cpu.py models/kvbits-tiny -o benchmarks/results/memory-cpu.jsonl
 
-Every variant runs in a process of its own: load the model, note the resident memory, prefill a batch
-of long prompts in chunks, decode a few tokens, read the process's peak. The bytes of the cache, of the
-formula and of the process stand side by side.
+Every variant runs in a process of its own: load the model, note the resident memory, prefill a
+batch of long prompts in chunks, decode a few tokens, read the process's peak. The bytes of the
+cache, of the formula and of the process stand side by side.
 """
 
 from __future__ import annotations
@@ -77,8 +77,10 @@ def run(options: argparse.Namespace, key_bits: int, value_bits: int) -> dict[str
         model(chunk, past_key_values=cache, logits_to_keep=1)
     for _ in range(3):
         model(tokens[:, :1], past_key_values=cache, logits_to_keep=1)
-    nbytes = cache.nbytes if is_packed else sum(
-        layer.keys.nbytes + layer.values.nbytes for layer in cache.layers
+    nbytes = (
+        cache.nbytes
+        if is_packed
+        else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     )
     values = sum(geometry.values_per_token for geometry in plan.model.geometry.layers)
     stored = values * (options.context + 3) * options.batch

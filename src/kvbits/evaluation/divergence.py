@@ -159,9 +159,9 @@ def _compare(
 def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """Return KL(p || q) over the last axis, in nats, summed in float64.
 
-    sum(p * (exp(d) - 1 - d)) with d = log q - log p: equal to sum(-p * d) for distributions, but no
-    term is negative, and errors of the two normalisations cancel to second order. At 8 bits KL is
-    near 1e-7, which the plain sum would lose in its own float32 rounding.
+    sum(p * (exp(d) - 1 - d)) with d = log q - log p: equal to sum(-p * d) for distributions, but
+    no term is negative, and errors of the two normalisations cancel to second order. At 8 bits KL
+    is near 1e-7, which the plain sum would lose in its own float32 rounding.
 
     Args:
         log_p: ``[..., V]`` natural logarithms of p.
