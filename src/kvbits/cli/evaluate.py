@@ -44,7 +44,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Windows of each text; default all.")
     ] = None,
     window_tokens: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Problems generated at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Problems generated at once.")] = 64,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Append one JSON line per measurement.")
