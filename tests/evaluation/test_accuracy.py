@@ -168,5 +168,5 @@ def test_accuracies_of_two_plans_are_paired():
 
 
 def test_no_problems_are_refused(tiny):
-    with pytest.raises(ValueError, match="n and batch_size must be at least 1, got 0 and 16"):
+    with pytest.raises(ValueError, match=r"n and batch_size must be at least 1, got 0 and \d+"):
         run_task(*tiny, Recorder(), n=0)
