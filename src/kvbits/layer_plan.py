@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ class HeadGroup(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    heads: tuple[int, ...] | None = None
+    heads: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     key: AnyCodec
     value: AnyCodec
 

@@ -352,6 +352,21 @@ def test_drafts_run_on_a_packed_cache_and_never_reach_its_pages(llama, plan, is_
             assert layer.packed_lengths("key").tolist() == expected.key.tolist()
 
 
+def test_plain_generation_after_drafting_packs_again_once_recording_ends(llama):
+    """Drafting leaves recording on, as in the stock cache: nothing is lost, but nothing packed."""
+    plan = PLANS["token-8"]
+    cache = new_cache(llama, plan)
+    first = generate(llama, prompt(1, 6).repeat(1, 3), cache, prompt_lookup_num_tokens=3)
+    assert all(layer.record_past for layer in cache.layers)
+    second = generate(llama, first, cache)
+    layers = cache.packed_layers.values()
+    assert all(layer.packed_lengths("key")[0] == first.shape[1] - 1 for layer in layers)
+    for layer in cache.layers:
+        layer.record_past = False
+    generate(llama, second, cache, max_new_tokens=1)
+    assert all(layer.packed_lengths("key")[0] == second.shape[1] for layer in layers)
+
+
 # ----- turns, rows, crops
 
 

@@ -71,7 +71,10 @@ class PackedCacheLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = False
 
     def activate_past_recording(self) -> None:
-        """Hold flushes back until each following ``crop``, so that drafts are never packed."""
+        """Hold flushes back until each following ``crop``, so that drafts are never packed.
+
+        Assisted generation leaves this on; ``record_past = False`` ends it.
+        """
         self.packed.is_recording = True
 
     @property
