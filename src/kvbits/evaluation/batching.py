@@ -98,10 +98,7 @@ def counted_logits(
         Their numbers ``[M]`` in the batch (row by row), their true tokens ``[M]`` and their
         logits ``[M, V]``.
     """
-    number = batch.counted.flatten().cumsum(0).reshape(batch.counted.shape) - 1
-    columns = batch.keep.nonzero()[:, 0]
-    done = 0
-    for logits in stream_logits(
+    stream = stream_logits(
         model,
         batch.input_ids,
         plan,
@@ -110,8 +107,24 @@ def counted_logits(
         start_layer=start_layer,
         layer_inputs=layer_inputs,
         cache=cache,
-    ):
-        here = columns[done : done + logits.shape[1]]
-        done += logits.shape[1]
-        mask = batch.counted[:, here]
-        yield number[:, here][mask], batch.targets[:, here][mask], logits[mask.to(logits.device)]
+    )
+    chunks = zip(_chunk_columns(batch), counted_cells(batch), strict=True)
+    for (columns, cells), logits in zip(chunks, stream, strict=True):
+        mask = batch.counted[:, columns]
+        yield cells, batch.targets[:, columns][mask], logits[mask.to(logits.device)]
+
+
+def counted_cells(batch: DocumentBatch) -> Iterator[torch.Tensor]:
+    """Yield, per chunk, the numbers ``[M]`` of its counted predictions in the batch."""
+    number = batch.counted.flatten().cumsum(0).reshape(batch.counted.shape) - 1
+    for columns in _chunk_columns(batch):
+        yield number[:, columns][batch.counted[:, columns]]
+
+
+def _chunk_columns(batch: DocumentBatch) -> Iterator[torch.Tensor]:
+    """Yield the kept positions of each chunk that has any."""
+    kept = batch.keep.nonzero()[:, 0]
+    for start in range(0, batch.keep.shape[0], batch.chunk_tokens):
+        here = kept[(kept >= start) & (kept < start + batch.chunk_tokens)]
+        if len(here):
+            yield here

@@ -1,4 +1,4 @@
-"""Building token sets from texts and from generated tasks, and the sets kvbits uses by default."""
+"""Token sets made of texts and of generated tasks, and the sets kvbits uses by default."""
 
 from __future__ import annotations
 
@@ -215,10 +215,10 @@ def _recall_set(tokenizer: Any, split: str, size: SetSize, seed: int) -> TokenSe
         ),  # leaves room for the questions
         Passkey(length=max(64, size.recall_tokens), count_tokens=count),
     ]
-    shares = [(size.recall_documents + 1) // 2, size.recall_documents // 2]
+    half = size.recall_documents // 2
     sets = [
         recall_set(tokenizer, task, n, seed=seed, split=_TASK_SPLIT[split], questions=8)
-        for task, n in zip(tasks, shares, strict=True)
+        for task, n in zip(tasks, (size.recall_documents - half, half), strict=True)
         if n
     ]
     return merge_sets(sets, name="key_value+passkey", domain="recall")._replace(split=split)

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kvbits.evaluation.batching import batches, counted_logits, vocab_size
+from kvbits.evaluation.batching import (
+    DocumentBatch,
+    batches,
+    counted_cells,
+    counted_logits,
+    vocab_size,
+)
 from kvbits.evaluation.reference import (
     Progress,
     Reference,
+    check_counted,
     check_finite,
     reference_logits,
     slices,
@@ -71,55 +79,66 @@ def measure(
     model: Any,
     plan: CachePlan | None,
     token_set: TokenSet,
-    reference: Reference,
+    reference: Reference | None = None,
     *,
     progress: Progress | None = None,
 ) -> Divergence:
     """Measure how far a plan is from full precision on a token set.
 
-    Layers before the plan's first quantized layer are not run again if the reference holds layer
-    inputs.
+    To compare many plans on a set, make its reference once: layers before a plan's first quantized
+    layer are then not run again. Without one, full precision runs alongside and nothing is kept,
+    so that the set may be of any size.
 
     Args:
-        model: the model that made the reference.
+        model: a causal language model of transformers; the one that made the reference.
         plan: the plan to measure; None measures full precision against itself.
-        token_set: the set that made the reference.
+        token_set: the set; the one that made the reference.
         reference: from `reference_logits`.
         progress: called with the number of documents done.
 
     Raises:
-        CalibrationError: the logits under the plan are not finite.
+        CalibrationError: the logits are not finite, or nothing counts.
     """
-    if reference.checksum != token_set.checksum:
+    if reference is not None and reference.checksum != token_set.checksum:
         raise ValueError(
             f"reference must be of token set {token_set.name!r} ({token_set.checksum[:12]}), "
             f"got {reference.checksum[:12]}; make it with reference_logits(model, token_set)"
         )
+    check_counted(token_set)
     started = time.perf_counter()
-    start_layer = 0 if plan is None else first_quantized_layer(plan)
     sums = torch.zeros(token_set.num_documents, len(_Sums._fields), dtype=torch.float64)
     most_bytes = 0
-    for batch, log_probs, inputs in zip(
-        batches(token_set, vocab_size(model)),
-        reference.log_probs,
-        reference.layer_inputs,
-        strict=True,
-    ):
-        first = start_layer if inputs is not None else 0
+    for index, batch in enumerate(batches(token_set, vocab_size(model))):
+        inputs = None if reference is None else reference.layer_inputs[index]
+        start = 0 if plan is None or inputs is None else first_quantized_layer(plan)
         cache = new_cache(model, plan)
-        for cells, targets, logits in counted_logits(
-            model, batch, plan, start_layer=first, layer_inputs=inputs, cache=cache
-        ):
-            values = _compare(log_probs, cells, targets, logits)
+        new = counted_logits(
+            model, batch, plan, start_layer=start, layer_inputs=inputs, cache=cache
+        )
+        old = _log_probs(model, batch, None if reference is None else reference.log_probs[index])
+        for (cells, targets, logits), log_probs in zip(new, old, strict=True):
+            values = _compare(log_probs, targets, logits)
             sums.index_add_(0, batch.documents[cells], values)
         held = cache_nbytes(cache)
         if plan is not None:
-            held += skipped_nbytes(model, plan, first, batch.input_ids.numel())
+            held += skipped_nbytes(model, plan, start, batch.input_ids.numel())
         most_bytes = max(most_bytes, held)
         if progress is not None:
             progress(len(batch.rows))
     check_finite(sums, "the model under the plan")
     return _summary(sums, time.perf_counter() - started, most_bytes)
+
+
+def _log_probs(
+    model: Any, batch: DocumentBatch, stored: torch.Tensor | None
+) -> Iterator[torch.Tensor]:
+    """Yield the full-precision log-probabilities of each chunk's predictions, [M, V]."""
+    if stored is None:
+        for _, _, logits in counted_logits(model, batch):
+            yield logits.float().log_softmax(-1)
+        return
+    for cells in counted_cells(batch):
+        yield stored[cells]
 
 
 class _Sums(NamedTuple):
@@ -133,14 +152,12 @@ class _Sums(NamedTuple):
     count: Any
 
 
-def _compare(
-    log_probs: torch.Tensor, cells: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor
-) -> torch.Tensor:
+def _compare(log_probs: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Return the `_Sums` columns of each prediction, float64 [M, 6], in slices of bounded size."""
     rows = []
-    for part in slices(len(cells), logits.shape[-1]):
+    for part in slices(len(targets), logits.shape[-1]):
         new = logits[part].float().log_softmax(-1)
-        old = log_probs[cells[part]].to(new.device)
+        old = log_probs[part].to(new.device)
         true = targets[part].to(new.device)[:, None]
         best_old, best_new = old.argmax(-1), new.argmax(-1)
         rows.append(

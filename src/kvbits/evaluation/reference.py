@@ -89,12 +89,17 @@ def check_finite(values: torch.Tensor, who: str) -> None:
         raise CalibrationError(f"logits of {who} must be finite, got nan or infinity")
 
 
-def _check_bytes(model: Any, token_set: TokenSet, keep_inputs: bool, max_bytes: int) -> None:
-    num_tokens = token_set.num_tokens
-    if num_tokens == 0:
+def check_counted(token_set: TokenSet) -> None:
+    """Refuse a set of which nothing counts."""
+    if token_set.num_tokens == 0:
         raise CalibrationError(
             f"token set {token_set.name!r} must count at least one token, got 0"
         )
+
+
+def _check_bytes(model: Any, token_set: TokenSet, keep_inputs: bool, max_bytes: int) -> None:
+    check_counted(token_set)
+    num_tokens = token_set.num_tokens
     needed = num_tokens * vocab_size(model) * 4
     if keep_inputs:
         config = model.config.get_text_config()
@@ -104,5 +109,5 @@ def _check_bytes(model: Any, token_set: TokenSet, keep_inputs: bool, max_bytes: 
         raise CalibrationError(
             f"the reference of {token_set.name!r} must take at most max_bytes={max_bytes}, "
             f"got {needed} for {num_tokens} tokens of a vocabulary of {vocab_size(model)}; "
-            "use fewer or shorter documents, or raise max_bytes"
+            "use fewer or shorter documents, raise max_bytes, or measure without a reference"
         )
