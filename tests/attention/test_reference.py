@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from naive_layer import HEADS, KEY_DIM, PLANS, random_states
 
 from kvbits.attention import reference
 from kvbits.attention.hf import dense_states
@@ -12,7 +13,6 @@ from kvbits.attention.states import StatesHandle
 from kvbits.cache.layer import PackedLayer
 from kvbits.errors import UnsupportedModelError
 from kvbits.testing import attend_naively
-from naive_layer import HEADS, KEY_DIM, PLANS, random_states
 
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 REPEATS = 2  # query heads per key/value head

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from naive_layer import PLANS, random_states
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import kvbits
@@ -15,7 +16,6 @@ from kvbits.attention.states import StatesHandle
 from kvbits.cache.layer import PackedLayer
 from kvbits.errors import UnsupportedModelError
 from kvbits.testing import attend_naively, tiny_model
-from naive_layer import PLANS, random_states
 
 SNAPSHOT = """
 import torch, transformers

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from report_synthetic import write_run
 from typer.testing import CliRunner, Result
 
 import kvbits
@@ -14,7 +15,6 @@ from kvbits import CachePlan
 from kvbits.cli import app
 from kvbits.cli.inspect import MAX_TOKENS, largest
 from kvbits.cli.options import parse_size
-from report_synthetic import write_run
 
 
 def run(*arguments: object) -> Result:

@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_synthetic import DOMAINS, NUM_LAYERS, write_run
 
 from kvbits.errors import RecordError
 from kvbits.report import compare, figures, numbers, tables
 from kvbits.report.collect import Run, collect
 from kvbits.report.page import render, write_page
-from report_synthetic import DOMAINS, NUM_LAYERS, write_run
 
 
 @pytest.fixture
