@@ -293,23 +293,27 @@ class PageStore:
         """Indices of the chunks that hold ``pages``."""
         return sorted({bisect_right(self._chunk_starts, page) - 1 for page in pages})
 
-    def _make_room(self, row: int, stop: int) -> None:
-        """Give ``row`` pages of its own for every token it is about to write, up to ``stop``."""
-        pages, start = self._pages[row], self.lengths[row]
-        needed = -(-stop // self.page_tokens)
-        last = start // self.page_tokens
-        self._reserve(max(needed, *map(len, self._pages)))
-        if start % self.page_tokens and self._references[pages[last]] > 1:
-            (own,) = self._allocate(1)
-            for name, plane in self._gather_pages([pages[last]]).items():
-                chunk = self._chunks_of([own])[0]
-                self._chunks[chunk][name][own - self._chunk_starts[chunk]] = plane[0]
-            self._release(pages[last])
-            pages[last] = own
-            self._table = None
-        if needed > len(pages):
-            pages.extend(self._allocate(needed - len(pages)))
-            self._table = None
+    def _make_room(self, rows: Sequence[int], num_tokens: int) -> None:
+        """Give every row pages of its own for the ``num_tokens`` it is about to write."""
+        needed = [-(-(self.lengths[row] + num_tokens) // self.page_tokens) for row in rows]
+        self._reserve(max(*needed, *map(len, self._pages)))
+        for row, count in zip(rows, needed, strict=True):
+            pages, (last, slot) = self._pages[row], divmod(self.lengths[row], self.page_tokens)
+            if slot and self._references[pages[last]] > 1:
+                self._unshare(pages, last)
+            if count > len(pages):
+                pages.extend(self._allocate(count - len(pages)))
+                self._table = None
+
+    def _unshare(self, pages: list[int], position: int) -> None:
+        """Give a row its own copy of a page it shares."""
+        (own,) = self._allocate(1)
+        for name, plane in self._gather_pages([pages[position]]).items():
+            chunk = self._chunks_of([own])[0]
+            self._chunks[chunk][name][own - self._chunk_starts[chunk]] = plane[0]
+        self._release(pages[position])
+        pages[position] = own
+        self._table = None
 
     def _gather(self, first: int, last: int) -> dict[str, Tensor]:
         """Pages ``first`` to ``last`` of every row, row after row: plane name to ``[B * n, ...]``.
@@ -349,8 +353,8 @@ class PageStore:
         num_tokens = codes.shape[-2]
         written = list(range(len(self.lengths)) if rows is None else rows)
         starts = [self.lengths[row] for row in written]
+        self._make_room(written, num_tokens)
         for row in written:
-            self._make_room(row, self.lengths[row] + num_tokens)
             self.lengths[row] += num_tokens
         if not self.codec.is_exact:
             codes = pack_bits(codes, self.codec.code_bits())
