@@ -46,14 +46,18 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.batch = options.batch
         size = SetSize(text_documents=16, reasoning_documents=32, recall_documents=16)
-        sets = default_sets(self.tokenizer, "heldout", size=size)
+        sets = default_sets(self.tokenizer, "heldout", size=size) if options.kl else []
         self.sets = [(held, reference_logits(self.model, held)) for held in sets]
         self.text = None
         if options.text:
             self.text = text_set(
                 self.tokenizer, path=options.text, name=options.text.stem, max_tokens=2048
             )
-        self.tasks = tasks(options.n, self.tokenizer)
+        self.tasks = {
+            label: task
+            for label, task in tasks(options.n, self.tokenizer).items()
+            if not options.tasks or label in options.tasks
+        }
         self.full: dict[str, Accuracy] = {}
 
     def records(self, plan: CachePlan | None) -> Iterator[Record]:
@@ -90,8 +94,10 @@ def main() -> None:
 def plans(config: Any, options: argparse.Namespace) -> Iterator[tuple[str, CachePlan | None]]:
     """Full precision, uniform plans in every mode, and those of the tuning runs."""
     yield "16 bits", None
+    for path in options.plan:
+        yield str(path), CachePlan.load(path)
     for mode in options.modes:
-        for key_bits, value_bits in UNIFORM:
+        for key_bits, value_bits in options.pairs or UNIFORM:
             plan = CachePlan.uniform(config, key_bits, value_bits, mode)
             yield f"K{key_bits}V{value_bits} {mode}", plan
     for path in options.front:
@@ -102,6 +108,12 @@ def plans(config: Any, options: argparse.Namespace) -> Iterator[tuple[str, Cache
             if is_near and (point["chosen"] or point["origin"] != "exact"):
                 plan = CachePlan.from_pairs(config, point["pairs"], mode=front["mode"])
                 yield f"{budget:g}: {point['name']}", plan
+
+
+def pair(text: str) -> tuple[int, int]:
+    """Parse ``4,2``."""
+    key_bits, value_bits = map(int, text.split(","))
+    return key_bits, value_bits
 
 
 def tasks(n: int, tokenizer: Any) -> dict[str, tuple[Task, int]]:
@@ -125,6 +137,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--modes", nargs="*", default=["per_token"])
+    parser.add_argument("--tasks", nargs="*", help="labels of the tasks to run; all by default")
+    parser.add_argument("--pairs", type=pair, nargs="*", help="uniform pairs such as 4,2")
+    parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--plan", type=Path, nargs="*", default=[])
     parser.add_argument("--front", type=Path, nargs="*", default=[])
     parser.add_argument("--text", type=Path, help="a text file for perplexity through the cache")
     parser.add_argument("-o", "--output", type=Path, required=True)
