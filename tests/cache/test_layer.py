@@ -215,6 +215,8 @@ def test_the_newest_tokens_stay_exact_and_no_more_than_promised(plan):
             else:
                 assert exact["value"] == plan.residual_length
                 assert 0 <= exact["key"] < plan.residual_length
+        if t % 9:
+            continue
         first = t + 1 - min(exact.values())
         for side, states in zip(SIDES, (keys, values), strict=True):
             dense = layer.states().dense(side)

@@ -34,7 +34,7 @@ PLANS = {
 packed_plans = pytest.mark.parametrize(
     "plan", [PLANS["token-8"], PLANS["kivi-4"]], ids=list(PLANS)[:2]
 )
-NEW = 12
+NEW = 9
 
 
 @functools.cache
@@ -141,6 +141,15 @@ def test_a_sixteen_bit_cache_plan_is_the_stock_cache(family):
     plan = kvbits.CachePlan.uniform(model.config, 16, 16)
     expected = generate(model, prompt())
     assert torch.equal(generate(model, prompt(), plan.new_cache(model)), expected)
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_at_16_bits_is_the_stock_model_bit_for_bit():
+    model = tiny_model("llama").bfloat16()
+    expected = logits_of_each_step(model, prompt(), DynamicCache(config=model.config))
+    ours = logits_of_each_step(model, prompt(), new_cache(model, EXACT))
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, expected)
 
 
 # ----- packed machinery loses nothing but what the codec rounds
@@ -295,6 +304,17 @@ def test_other_padding_in_a_later_turn_is_refused(llama):
         llama(input_ids[:, :5], attention_mask=wider, past_key_values=cache)
 
 
+@torch.no_grad()
+def test_a_mask_given_by_position_declares_padding_too(llama):
+    input_ids, mask = padded_prompt((7, 0))
+    cache = new_cache(llama, PLANS["token-8"])
+    llama(input_ids, mask, past_key_values=cache)
+    assert all(layer.padding == (7, 0) for layer in cache.packed_layers.values())
+    cache = new_cache(llama, PLANS["token-8"])
+    llama(input_ids, mask, None, cache)
+    assert all(layer.padding == (7, 0) for layer in cache.packed_layers.values())
+
+
 def test_a_mask_with_holes_is_refused(llama):
     input_ids, mask = padded_prompt((3, 0))
     mask[1, 5] = 0
@@ -312,6 +332,42 @@ def test_right_padding_is_refused(llama):
             attention_mask=mask.flip(1),
             past_key_values=new_cache(llama, PLANS["token-8"]),
         )
+
+
+# ----- measuring
+
+
+@packed_plans
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "gpt_oss", "phi3"])
+@torch.no_grad()
+def test_teacher_forcing_in_chunks_measures_what_single_steps_see(family, plan):
+    """With ``quantize_prefill`` a chunk of any size gives the logits of one-token decoding."""
+    model = shared_model(family)
+    input_ids = prompt(2, 45)
+    with kvbits.enable(model):
+        outputs = []
+        for size in (1, 7, 45):
+            cache = new_cache(model, plan, quantize_prefill=True)
+            chunks = input_ids.split(size, dim=1)
+            logits = [model(chunk, past_key_values=cache).logits for chunk in chunks]
+            outputs.append(torch.cat(logits, 1))
+    # Float noise may flip a code by one, which moves logits by some 2e-4 here (8 bits), and by
+    # sixteen times as much at 4 bits; seeing exact states instead moves them by far more.
+    scale = 2 ** (8 - plan.groups[0].key.bits)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-3 * scale)
+
+
+@torch.no_grad()
+def test_measuring_latent_attention_in_chunks_is_refused():
+    """Such a model works on its keys first, so each query cannot be shown its own states."""
+    model = shared_model("deepseek_v2")
+    cache = new_cache(model, PLANS["token-8"], quantize_prefill=True)
+    with (
+        kvbits.enable(model),
+        pytest.raises(UnsupportedModelError, match=r"quantize_prefill must be used with kvbits"),
+    ):
+        model(prompt(), past_key_values=cache)
 
 
 # ----- drafts
@@ -552,7 +608,7 @@ def test_sliding_layers_keep_the_stock_cache():
     assert kinds == ["DynamicSlidingWindowLayer", "PackedCacheLayer"] * 2
     generate(model, prompt(num_tokens=40), cache)
     assert cache.layers[0].keys.shape[-2] < 16
-    assert cache.get_seq_length() == 51
+    assert cache.get_seq_length() == 39 + NEW
 
 
 def test_a_packed_sliding_layer_is_refused():

@@ -6,6 +6,7 @@ layers, so at 16 bits the model runs bit for bit as it would without kvbits.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -205,6 +206,10 @@ def watch_padding(model: Any) -> None:
 
 
 def _declare_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if len(args) > 1:  # the mask, and perhaps the cache, by position
+        kwargs = (
+            dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        )
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if not isinstance(cache, QuantizedCache) or not cache.packed_layers:
         return
