@@ -5,6 +5,7 @@
 
 MODEL ?= models/kvbits-tiny
 BITS ?= 4.5
+MODE ?= kivi
 RUN ?= runs/$(notdir $(MODEL))
 PYTEST_ARGS ?=
 
@@ -43,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 tune: $(STAMP)
-	$(BIN)/kvbits tune $(MODEL) --bits $(BITS) --strategy exact -o $(RUN)
+	$(BIN)/kvbits tune $(MODEL) --bits $(BITS) --mode $(MODE) --strategy exact -o $(RUN)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -65,7 +65,6 @@ def run(options: argparse.Namespace, key_bits: int, value_bits: int) -> dict[str
     """Fill one cache and read the meters."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
-    model.logits_to_keep = 1
     plan = kvbits.CachePlan.uniform(model.config, key_bits, value_bits, mode="per_token")
     loaded = peak_mib()
     is_packed = key_bits < 16
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace, key_bits: int, value_bits: int) -> dict[str
         if is_packed
         else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     )
-    values = sum(geometry.values_per_token for geometry in plan.model.geometry.layers)
+    values = sum(geometry.values_per_token for geometry in plan.model.layers)
     stored = values * (options.context + 3) * options.batch
     return {
         "benchmark": "memory_cpu",
