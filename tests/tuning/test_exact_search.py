@@ -22,7 +22,7 @@ def brute_force(problem: Problem, budget: int) -> float | None:
     return min(losses, default=None)
 
 
-@pytest.mark.parametrize("objective", ["minimax", "sum"])
+@pytest.mark.parametrize("objective", ["balanced", "minimax", "sum"])
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_solution_equals_brute_force(seed, unequal, objective):
@@ -63,7 +63,7 @@ def test_minimax_breaks_ties_by_the_mean_of_all_domains():
     kl_nats[1, 1, 1] = [0.01, 0.1]  # domain 1 wants the values of layer 1
     table = SensitivityTable(("a", "b"), (4, 2), kl_nats)
     costs = make_costs(2, (4, 2))
-    problem = build_problem(table, costs, bits=4.5)._replace(norms=np.ones(2))
+    problem = build_problem(table, costs, bits=4.5, objective="minimax")._replace(norms=np.ones(2))
     choice = solve(problem, costs.total((costs.pairs.index((4, 2)), costs.pairs.index((2, 4)))))
     assert costs.pairs_of(choice) == ((4, 2), (2, 4))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tuning_synthetic import make_costs, make_problem
 
-from kvbits.tuning.problem import DOMAIN_FLOOR, build_problem
+from kvbits.tuning.problem import DOMAIN_FLOOR, SHARES, build_problem
 from kvbits.tuning.tables import SensitivityTable
 
 
@@ -49,6 +49,14 @@ def test_domain_that_costs_nothing_has_a_finite_loss():
 def test_objectives_weigh_domains_as_named():
     problem = flat_problem([1.0, 1.0], 4.5)
     kl_nats = problem.norms * [2.0, 4.0]
-    assert problem.score(kl_nats) == pytest.approx(4.0)
-    mean = problem._replace(objective="sum", weights=np.array([3.0, 1.0]))
-    assert mean.score(kl_nats) == pytest.approx(2.5)
+    weights = np.array([0.75, 0.25])
+    scores = {
+        name: problem._replace(objective=name, weights=weights).score(kl_nats) for name in SHARES
+    }
+    assert scores == pytest.approx({"minimax": 4.0, "sum": 2.5, "balanced": 3.25})
+
+
+def test_weights_are_normalised():
+    table = SensitivityTable(("a", "b"), (4, 2), np.ones((2, 3, 2, 2)))
+    problem = build_problem(table, make_costs(3, (4, 2)), bits=4.0, weights=[3.0, 1.0])
+    assert problem.weights.tolist() == [0.75, 0.25]

@@ -15,31 +15,51 @@ def test_candidates_fit_and_hold_the_programme_s_solution_first(problem):
     assert baselines.best(problem, baselines.uniform(problem), 4.0)[1].choice in candidates
 
 
-def test_additive_model_is_followed_where_measurements_agree(problem, tmp_path):
-    candidates = refinement_candidates(problem, 4.0)
-    chosen = refine(
-        problem,
-        candidates,
-        lambda choice: tuple(problem.predicted_kl(choice)),
-        run=RunDir(tmp_path),
-        progress=Silent(),
-    )
-    assert chosen.choice == candidates[0]
+def domains_of(problem, choice, factors=(1.0, 1.0, 1.0, 1.0)):
+    """Four documents of ten tokens per domain; ``factors`` scale the KL of each document."""
+    return [
+        {
+            "kl_nats": kl * sum(factors) / 4,
+            "document_kl_nats": [kl * factor for factor in factors],
+            "document_tokens": [10] * 4,
+        }
+        for kl in problem.predicted_kl(choice).tolist()
+    ]
 
 
-def test_measurement_overrules_the_model_and_is_not_repeated(problem, tmp_path):
-    """The proposed plan turns out ten times worse than predicted, as recall may at two bits."""
+def refined(problem, path, factors):
+    """Refine with the model as the measurement, but for the proposal scaled by ``factors``."""
     candidates = refinement_candidates(problem, 4.0)
     calls = []
 
     def evaluate(choice):
         calls.append(choice)
-        factor = 10.0 if choice == candidates[0] else 1.0
-        return tuple(factor * problem.predicted_kl(choice))
+        return domains_of(problem, choice, *([factors] if choice == candidates[0] else []))
 
-    run = RunDir(tmp_path)
-    first = refine(problem, candidates, evaluate, run=run, progress=Silent())
-    again = refine(problem, candidates, evaluate, run=run, progress=Silent())
-    assert first == again
-    assert first.choice != candidates[0]
+    chosen = refine(problem, candidates, evaluate, run=RunDir(path), progress=Silent())
+    return chosen, candidates, calls
+
+
+def test_additive_model_is_followed_where_measurements_agree(problem, tmp_path):
+    chosen, candidates, _ = refined(problem, tmp_path, (1.0, 1.0, 1.0, 1.0))
+    assert chosen.choice == candidates[0]
+
+
+def test_consistent_failure_of_the_proposal_overrules_the_model(problem, tmp_path):
+    """Ten times worse than predicted in every document, as recall may turn out at two bits."""
+    chosen, candidates, _ = refined(problem, tmp_path, (10.0, 11.0, 9.0, 10.0))
+    assert chosen.choice != candidates[0]
+
+
+def test_one_bad_document_does_not_overrule_the_model(problem, tmp_path):
+    """The mean is as bad as above, but a single document made it: its interval spans zero."""
+    chosen, candidates, _ = refined(problem, tmp_path, (37.0, 1.0, 1.0, 1.0))
+    assert chosen.choice == candidates[0]
+
+
+def test_measurements_are_not_repeated(problem, tmp_path):
+    first, candidates, calls = refined(problem, tmp_path, (10.0, 11.0, 9.0, 10.0))
     assert len(calls) == len(candidates)
+    again, _, calls = refined(problem, tmp_path, (1.0, 1.0, 1.0, 1.0))
+    assert calls == []
+    assert again == first

@@ -73,6 +73,18 @@ class Meter:
         every = self.every_pair(pairs)
         return tuple(rounded(self.divergence(every, domain).kl_nats) for domain in self.token_sets)
 
+    def document_kl(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+        """Return, per domain, the KL and that of every document with its counted tokens."""
+        every = self.every_pair(pairs)
+        return [
+            {
+                "kl_nats": rounded(result.kl_nats),
+                "document_kl_nats": [rounded(value) for value in result.document_kl_nats],
+                "document_tokens": list(result.document_tokens),
+            }
+            for result in (self.divergence(every, domain) for domain in self.token_sets)
+        ]
+
 
 class IsolatedSide(NamedTuple):
     """One measurement of the profile: one side of one layer at one width on one domain."""

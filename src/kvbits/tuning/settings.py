@@ -23,9 +23,9 @@ class TuneSettings(BaseModel):
         mode: ``per_token`` or ``kivi``.
         widths: Candidate code widths; every pair of them is a candidate, and 16 for both sides.
         objective: What the search minimises of the domains' KLs, each relative to uniform plans
-            of the same size: ``sum`` their weighted mean, ``minimax`` the worst. Where uniform
-            is nearly the best in one domain, minimax gives up gains in all others for it.
-        domain_weights: Weights of text, reasoning and recall for ``sum``; equal by default.
+            of the same size: ``minimax`` the worst, ``sum`` the weighted mean, ``balanced`` the
+            two together.
+        domain_weights: Weights of text, reasoning and recall in the mean; equal by default.
         context: Tokens of one sequence at which sizes are counted, residual and page rounding
             included; None counts what one more token of a long context adds.
         report_context: Tokens at which the front also states each plan's size.
@@ -51,7 +51,7 @@ class TuneSettings(BaseModel):
     strategy: Literal["exact", "nsga2"] = "exact"
     mode: Literal["per_token", "kivi"] = "per_token"
     widths: tuple[int, ...] = (8, 4, 3, 2)
-    objective: Literal["minimax", "sum"] = "sum"
+    objective: Literal["balanced", "minimax", "sum"] = "balanced"
     domain_weights: tuple[float, ...] | None = None
     context: int | None = Field(default=None, ge=1)
     report_context: int = Field(default=4096, ge=1)

@@ -168,7 +168,7 @@ def _search(study: _Study) -> _Found:
     chosen = refine(
         problem,
         refinement_candidates(problem, settings.bits),
-        lambda choice: meter.kl_nats(costs.pairs_of(choice)),
+        lambda choice: meter.document_kl(costs.pairs_of(choice)),
         run=run,
         progress=study.progress,
     )

@@ -3,25 +3,27 @@
 Isolated forward KLs nearly add up (where they do not, ``refine`` measures), so the best plan for a
 budget is a knapsack with one choice per layer:
 
-    minimise    t
+    minimise    a t + b m
     subject to  sum over l, p of loss[d, l, p] x[l, p] <= t     for every domain d
+                sum over d, l, p of weight[d] loss[d, l, p] x[l, p] = m
                 sum over p of x[l, p] = 1                       for every layer l
                 sum over l, p of units[l, p] x[l, p] <= budget
                 x binary
 
-That is objective ``minimax``; ``sum`` minimises the weighted mean over domains instead. Several
-domains, because the text a plan is tuned on decides what it keeps: a plan tuned on one kind of
-text alone can be worse than a uniform one on another. Losses are relative to uniform plans of the
-same size (``kvbits.tuning.problem``): t < 1 means better in every domain.
+with a = 1, b = 0 for objective ``minimax``, the reverse for ``sum`` and both one half for
+``balanced``. Several domains, because the text a plan is tuned on decides what it keeps: a plan
+tuned on one kind of text alone can be worse than a uniform one on another. Losses are relative to
+uniform plans of the same size (``kvbits.tuning.problem``): t < 1 means better in every domain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-from kvbits.tuning.problem import Problem
+from kvbits.tuning.problem import SHARES, Problem
 from kvbits.tuning.tables import Allocation, Choice, CostTable, FloatArray, IntArray
 
 # HiGHS stops at this relative gap; plans this close cannot be told apart by measuring.
@@ -31,64 +33,71 @@ RELATIVE_GAP = 1e-6
 def solve(problem: Problem, budget: int) -> Choice | None:
     """Return the best candidate per layer for a budget, or None where nothing fits.
 
-    Ties are broken in a fixed order: the objective, then the sum over all domains (minimax leaves
+    Ties are broken in a fixed order: the objective, then the mean over all domains (minimax leaves
     the domains that do not bind free), then HiGHS's own order, which is deterministic.
 
     Args:
         budget: Units of ``problem.costs``.
     """
-    costs = problem.costs.units
-    if costs.min(axis=1).sum() > budget:
+    units = problem.costs.units
+    if units.min(axis=1).sum() > budget:
         return None
-    weights = problem.weights if problem.objective == "sum" else np.ones(len(problem.norms))
-    mean = np.tensordot(weights / weights.sum(), problem.loss, axes=1)  # [L, P]
-    rows = problem.loss if problem.objective == "minimax" else mean[None]
-    relaxed = _minimise(rows, costs, budget, is_relaxed=True)
+    worst, share = SHARES[problem.objective]
+    mean = np.tensordot(problem.weights, problem.loss, axes=1)  # [L, P]
+    terms = _Terms(problem.loss, worst, share * mean)
     # The solver's absolute tolerances need losses of order one: the relaxation gives the scale.
-    scale = _worst(rows, relaxed) or 1.0
-    first = _minimise(rows / scale, costs, budget)
-    limit = _worst(rows / scale, first)
-    second = _minimise((mean / scale)[None], costs, budget, caps=(rows / scale, limit))
-    choices = [tuple(int(i) for i in x.argmax(axis=1)) for x in (first, second)]
+    scale = terms.value(_minimise(terms, units, budget, is_relaxed=True)) or 1.0
+    terms = _Terms(problem.loss / scale, worst, share * mean / scale)
+    solutions = [_minimise(terms, units, budget)]
+    if not share:
+        limit = terms.value(solutions[0])
+        solutions.append(
+            _minimise(_Terms(terms.rows, 0.0, mean / scale), units, budget, limit=limit)
+        )
+    choices = [tuple(int(i) for i in x.argmax(axis=1)) for x in solutions]
     return min(choices, key=lambda c: (problem.allocation(c).loss, mean[range(len(c)), c].sum()))
 
 
-def _worst(rows: FloatArray, x: FloatArray) -> float:
-    return float(np.tensordot(rows, x, axes=2).max())
+class _Terms(NamedTuple):
+    """What is minimised: ``worst_share`` x the worst of ``rows``, plus ``linear``."""
+
+    rows: FloatArray  # [domains, L, P]
+    worst_share: float
+    linear: FloatArray  # [L, P]
+
+    def value(self, x: FloatArray) -> float:
+        worst = float(np.tensordot(self.rows, x, axes=2).max())
+        return self.worst_share * worst + float((self.linear * x).sum())
 
 
 def _minimise(
-    rows: FloatArray,
+    terms: _Terms,
     units: IntArray,
     budget: int,
     *,
     is_relaxed: bool = False,
-    caps: tuple[FloatArray, float] | None = None,
+    limit: float = np.inf,
 ) -> FloatArray:
-    """Minimise the worst of ``rows [R, L, P]`` over one-hot ``x [L, P]`` within the budget."""
+    """Minimise ``terms`` over one-hot ``x [L, P]`` within the budget, the worst within limit."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     layers, pairs = units.shape
-    size = layers * pairs
+    size, domains = layers * pairs, len(terms.rows)
     # Divided by their common factor the sizes are small integers, so that the solver's tolerance
     # can never admit a plan over the budget.
     divisor = int(np.gcd.reduce(units, axis=None)) or 1
     one_hot = np.hstack([np.kron(np.eye(layers), np.ones(pairs)), np.zeros((layers, 1))])
     size_row = np.append(units.ravel() // divisor, 0)
-    loss_rows = np.hstack([rows.reshape(len(rows), size), -np.ones((len(rows), 1))])
-    constraints = [
-        LinearConstraint(one_hot, 1, 1),
-        LinearConstraint(size_row[None], -np.inf, budget // divisor),
-        LinearConstraint(loss_rows, -np.inf, 0),
-    ]
-    if caps is not None:
-        cap_rows = np.hstack([caps[0].reshape(-1, size), np.zeros((len(caps[0]), 1))])
-        constraints.append(LinearConstraint(cap_rows, -np.inf, caps[1] * (1 + 1e-9) + 1e-12))
+    loss_rows = np.hstack([terms.rows.reshape(domains, size), -np.ones((domains, 1))])
     result = milp(
-        c=np.append(np.zeros(size), 1.0),
-        constraints=constraints,
+        c=np.append(terms.linear.ravel(), terms.worst_share),
+        constraints=[
+            LinearConstraint(one_hot, 1, 1),
+            LinearConstraint(size_row[None], -np.inf, budget // divisor),
+            LinearConstraint(loss_rows, -np.inf, 0),
+        ],
         integrality=np.append(np.full(size, 0 if is_relaxed else 1), 0),
-        bounds=Bounds(0, np.append(np.ones(size), np.inf)),
+        bounds=Bounds(0, np.append(np.ones(size), limit * (1 + 1e-9) + 1e-12)),
         options={"mip_rel_gap": RELATIVE_GAP},
     )
     if result.x is None:
