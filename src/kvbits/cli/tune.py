@@ -22,6 +22,7 @@ class Strategy(StrEnum):
 class Objective(StrEnum):
     """What the search minimises over the calibration domains."""
 
+    BALANCED = "balanced"
     MINIMAX = "minimax"
     SUM = "sum"
 
@@ -37,8 +38,9 @@ def tune(
     ] = Strategy.EXACT,
     mode: Annotated[Mode, typer.Option(help="Where scales are shared.")] = Mode.PER_TOKEN,
     objective: Annotated[
-        Objective, typer.Option(help="sum: the mean of the domains; minimax: the worst one.")
-    ] = Objective.SUM,
+        Objective,
+        typer.Option(help="sum: the domains' mean; minimax: the worst one; balanced: both."),
+    ] = Objective.BALANCED,
     task: Annotated[list[str] | None, typer.Option(help="Task to verify on; repeatable.")] = None,
     widths: Annotated[
         str | None, typer.Option(metavar="W,W,..", help="Code widths to choose from.")
