@@ -104,7 +104,7 @@ def test_softcap_and_sink_logits_take_part(plan, softcap, with_sinks):
 
 
 @every_plan
-@pytest.mark.parametrize("span_tokens", [1, 16, 37, 64])
+@pytest.mark.parametrize("span_tokens", [1, 37])
 def test_bounded_spans_give_the_same_result(plan, span_tokens, monkeypatch):
     for padding in ((0, 0), (3, 90)):
         _, states = filled(plan, 150, padding, quantize_prefill=True)
@@ -158,11 +158,11 @@ def test_queries_that_may_see_nothing_get_zeros(plan):
 
 
 @every_plan
-@pytest.mark.parametrize("padding", [(0, 0), (4, 140)], ids=["even", "padded"])
+@pytest.mark.parametrize("padding", [(0, 0), (4, 110)], ids=["even", "padded"])
 def test_a_prefill_in_chunks_of_any_size_equals_one_token_at_a_time(plan, padding):
     """With ``quantize_prefill`` a query sees what decoding would have shown it, no more."""
-    keys, values = random_states(180)
-    query = random_query(180)
+    keys, values = random_states(150)
+    query = random_query(150)
 
     def run(chunks, **settings):
         layer = PackedLayer(plan, **settings)
@@ -178,8 +178,8 @@ def test_a_prefill_in_chunks_of_any_size_equals_one_token_at_a_time(plan, paddin
             output[row, :, :pad] = 0
         return output
 
-    steps = run([1] * 180)
-    for chunks in ([180], [64, 64, 52], [100, 1, 1, 1, 70, 7]):
+    steps = run([1] * 150)
+    for chunks in ([150], [64, 64, 22], [100, 1, 1, 1, 40, 7]):
         torch.testing.assert_close(run(chunks, quantize_prefill=True), steps, **CLOSE)
 
 

@@ -267,7 +267,7 @@ def test_a_decode_step_reads_no_page(plan, monkeypatch):
 @pytest.mark.parametrize("padding", [[0, 0], [3, 90]], ids=["even", "padded"])
 def test_crop_at_any_boundary_equals_the_naive_layer_and_continues(plan, padding):
     keys, values = random_states(300)
-    for removed in (1, 2, 7, 31, 32, 33, 64, 70, 100, 129, 170, 206, 208, 210):
+    for removed in (1, 7, 32, 33, 70, 129, 170, 207, 210):
         layer = filled(plan, (keys[:, :, :210], values[:, :, :210]), [150, 1, 59], padding)
         naive = NaiveLayer(plan, padding)
         naive.update(keys[:, :, :210], values[:, :, :210])
@@ -378,7 +378,7 @@ def test_moved_rows_equal_moved_rows_of_the_naive_layer(plan, index):
 
 
 @every_plan
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_history_equals_the_naive_layer(plan, seed):
     """Forty random operations: append, crop, move rows, record drafts, save and restore."""
     chance = random.Random(seed)
