@@ -10,6 +10,9 @@ from kvbits.tuning.search import baselines
 from kvbits.tuning.search.baselines import Named
 from kvbits.tuning.tables import Allocation
 
+# Searched plans and ladders are measured at sizes this close to the budget, in effective bits.
+NEAR_BITS = 1.5
+
 
 class Entry(NamedTuple):
     """One plan to verify."""
@@ -39,15 +42,16 @@ def list_entries(
     chosen: Allocation,
     random_seeds: Sequence[int],
 ) -> list[Entry]:
-    """List what to verify: the front and the best ladder at the budget and at the size of each
-    uniform plan, the uniform plans, and random plans that fill the budget.
+    """List what to verify: the uniform plans; the front and the best ladder at the budget and at
+    the sizes of the uniform plans near it; random plans that fill the budget.
 
     Uniform plans that another beats in both size and predicted loss are left out. Tasks are
     measured at full precision, on the chosen plan, and on the best baseline of each kind within
     the budget, "best" by calibration data alone.
     """
     uniform = _undominated(baselines.uniform(problem))
-    sizes = sorted({*(plan.effective_bits for _, plan in uniform[:-1]), bits})
+    packed = [plan.effective_bits for _, plan in uniform[:-1]]
+    sizes = sorted({*(size for size in packed if abs(size - bits) <= NEAR_BITS), bits})
     listed = [
         Entry("full precision", "full", uniform[-1][1], measures_tasks=True),
         *_searched(problem, front, strategy, chosen, sizes),
