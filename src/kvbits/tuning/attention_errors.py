@@ -167,7 +167,7 @@ def layer_errors(observed: Observed, plans: Sequence[LayerPlan]) -> list[LayerEr
     e_k = mean |K - K^| / |K|, e_v likewise; a = softmax(q Kᵀ / sqrt(D)), e_a = mean |a - a^| over
     the positions the mask lets a query see; o = a V, e_o = mean |o - o^| / |o|.
 
-    Source: arXiv 2502.04420, section 4 and eq. 3-6.
+    Source: KVTuner (arXiv 2502.04420), the four error metrics.
     Differs from the paper: relative errors have a floor under the denominator; queries are evenly
     spaced over the document instead of the decoding steps only.
     """

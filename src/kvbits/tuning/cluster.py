@@ -18,7 +18,7 @@ def cluster_layers(
 ) -> tuple[tuple[int, ...], ...]:
     """Group layers by identical candidate set, then by DBSCAN on the errors of the kept pairs.
 
-    Source: arXiv 2502.04420, section 4 (inter-layer clustering), eps and min_samples as there.
+    Source: KVTuner (arXiv 2502.04420), inter-layer clustering; eps and min_samples as there.
     Differs from the paper: noise points become groups of their own, which the paper's tables
     show but its text does not say.
 

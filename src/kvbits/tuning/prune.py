@@ -31,7 +31,7 @@ def pareto_mask(cost: FloatArray, loss: FloatArray) -> BoolArray:
 def pareto_sets(costs: CostTable, sensitivity: FloatArray) -> tuple[tuple[int, ...], ...]:
     """Return, per layer, the candidate indices of the Pareto set on (effective bits, sensitivity).
 
-    Source: arXiv 2502.04420, section 4 (intra-layer pruning).
+    Source: KVTuner (arXiv 2502.04420), intra-layer pruning.
     Differs from the paper: size is effective bits with metadata instead of the mean of the two
     nominal widths, and the exact pair is a candidate.
 

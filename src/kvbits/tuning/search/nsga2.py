@@ -68,7 +68,7 @@ def search(
     Objectives: the normalised KL (``problem.score``) and effective bits; plans over the budget are
     constrained-dominated by plans within. The uniform plans are the first trials.
 
-    Source: arXiv 2502.04420, section 5 (groups, two objectives, budget as a soft constraint).
+    Source: KVTuner (arXiv 2502.04420): groups, two objectives, the budget a soft constraint.
     Differs from the paper: NSGA-II, as in the authors' code, where the text says MOEA/D; the
     objective is teacher-forced KL through the quantized cache instead of task accuracy.
 
