@@ -6,6 +6,7 @@ when it runs, so that ``kvbits --help`` answers at once.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -51,4 +52,7 @@ for command in (inspect, tune, generate, evaluate, report):
 
 def main() -> None:
     """Run the command line; the entry point ``kvbits``."""
+    # OpenMP threads that wait by spinning take the core from the one they wait for: on two cores
+    # shared with other programs, generating was many times slower. OpenMP reads it as torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="kvbits")
