@@ -11,8 +11,9 @@ from transformers import DynamicCache
 import kvbits
 from kvbits.cache.hf import QuantizedCache, watch_padding
 from kvbits.codecs import Affine, Identity
+from kvbits.codecs.packing import PageStore
 from kvbits.errors import PlanError, UnsupportedModelError
-from kvbits.layer_plan import LayerPlan
+from kvbits.layer_plan import SIDES, LayerPlan
 from kvbits.testing import FAMILIES, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -385,9 +386,19 @@ def test_drafted_output_equals_greedy_when_nothing_is_rounded(family, plan):
 
 @packed_plans
 @pytest.mark.parametrize("is_enabled", [False, True], ids=["sdpa", "kvbits"])
-def test_drafts_run_on_a_packed_cache_and_never_reach_its_pages(llama, plan, is_enabled):
+def test_drafts_run_on_a_packed_cache_and_never_reach_its_pages(
+    llama, plan, is_enabled, monkeypatch
+):
     if is_enabled:
         kvbits.enable(llama)
+    packed = []
+    append = PageStore.append
+
+    def watched(store, states, rows=None):
+        packed.append(states.shape[0] * states.shape[2])
+        append(store, states, rows)
+
+    monkeypatch.setattr(PageStore, "append", watched)
     repetitive = prompt(1, 6).repeat(1, 5)
     for settings in (
         {"prompt_lookup_num_tokens": 3},
@@ -395,10 +406,14 @@ def test_drafts_run_on_a_packed_cache_and_never_reach_its_pages(llama, plan, is_
         {"assistant_model": llama},
     ):
         cache = new_cache(llama, plan)
+        packed.clear()
         output = generate(llama, repetitive, cache, max_new_tokens=30, **settings)
         assert output.shape[1] == 60
         assert cache.get_seq_length() == 59
         assert cache.num_reencoded_tokens == 0
+        layers = cache.packed_layers.values()
+        held = sum(layer.packed_lengths(side).sum() for layer in layers for side in SIDES)
+        assert sum(packed) == held, "a rejected draft was packed"
         for layer in cache.packed_layers.values():
             expected = plan.packed_lengths(torch.tensor([59]).numpy())
             assert layer.packed_lengths("key").tolist() == expected.key.tolist()
