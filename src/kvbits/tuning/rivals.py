@@ -11,7 +11,7 @@ from kvbits.tuning.search.baselines import Named
 from kvbits.tuning.tables import Allocation
 
 # Searched plans and ladders are measured at sizes this close to the budget, in effective bits.
-NEAR_BITS = 1.5
+NEAR_BITS = 1.0
 
 
 class Entry(NamedTuple):
