@@ -10,6 +10,7 @@ from kvbits.tuning import TuneSettings
     ("wrong", "message"),
     [
         ({"bits": 0}, "greater than 0"),
+        ({"text_documents": 1}, "greater than or equal to 2"),
         ({"widths": (5,)}, "widths must be among"),
         ({"widths": (4, 4)}, "each once"),
         ({"tasks": ("gsm8k",)}, "tasks must be among .*, got 'gsm8k'"),

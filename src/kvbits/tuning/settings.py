@@ -32,7 +32,7 @@ class TuneSettings(BaseModel):
         seed: Of the generated documents, NSGA-II and the random plans.
         text: Path of calibration text; the bundled sample by default.
         heldout_text: Path of the text to verify on; the bundled held-out sample by default.
-        text_documents: Windows of text per split.
+        text_documents: Windows of text per split; at least two, or no standard error exists.
         text_tokens: Tokens of a window.
         reasoning_documents: Arithmetic problems per split; many, because a few tokens of a few
             problems hold most of the KL.
@@ -58,10 +58,10 @@ class TuneSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     text: str | None = None
     heldout_text: str | None = None
-    text_documents: int = Field(default=_SIZES.text_documents, ge=1)
+    text_documents: int = Field(default=_SIZES.text_documents, ge=2)
     text_tokens: int = Field(default=_SIZES.text_tokens, ge=2)
     reasoning_documents: int = Field(default=24, ge=1)
-    recall_documents: int = Field(default=_SIZES.recall_documents, ge=1)
+    recall_documents: int = Field(default=_SIZES.recall_documents, ge=2)
     recall_tokens: int = Field(default=_SIZES.recall_tokens, ge=64)
     trials: int = Field(default=100, ge=1)
     population: int = Field(default=20, ge=2)
