@@ -60,7 +60,7 @@ class TuneSettings(BaseModel):
     heldout_text: str | None = None
     text_documents: int = Field(default=_SIZES.text_documents, ge=2)
     text_tokens: int = Field(default=_SIZES.text_tokens, ge=2)
-    reasoning_documents: int = Field(default=16, ge=2)
+    reasoning_documents: int = Field(default=24, ge=2)
     recall_documents: int = Field(default=_SIZES.recall_documents, ge=2)
     recall_tokens: int = Field(default=_SIZES.recall_tokens, ge=64)
     trials: int = Field(default=100, ge=1)
