@@ -117,6 +117,18 @@ def test_bounded_spans_give_the_same_result(plan, span_tokens, monkeypatch):
         torch.testing.assert_close(pieces, whole, **CLOSE)
 
 
+def test_many_queries_get_shorter_spans(monkeypatch):
+    """Scores of all queries over one span stay below the limit, but a span is never tiny."""
+    _, states = filled(next(iter(PLANS.values())), 150, (0, 0), quantize_prefill=True)
+    query = random_query(150)
+    whole = attend(query, states, None, SCALE)
+    monkeypatch.setattr(reference, "MAX_SCORES", 100 * 150)
+    lengths = [s.stop - s.start for s in reference.spans(states, num_rows=150)]
+    assert max(lengths) == 100
+    assert max(s.stop - s.start for s in reference.spans(states, num_rows=10**6)) == 64
+    torch.testing.assert_close(attend(query, states, None, SCALE), whole, **CLOSE)
+
+
 @every_plan
 def test_spans_cover_every_position_once(plan):
     for padding in ((0, 0), (3, 90), (150, 149)):

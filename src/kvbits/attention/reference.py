@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from kvbits.attention.states import LayerStates
+from kvbits.codecs.packing import BASE_PAGE_TOKENS
 from kvbits.layer_plan import IntArray, Side
 
 SPAN_TOKENS = 4096
+# Scores of one span, over batch, query heads and queries: 64 MiB in float32. Many queries get
+# shorter spans, so that a chunked prefill does not hold more than the cache it saves.
+MAX_SCORES = 2**24
 
 
 class Span(NamedTuple):
@@ -66,7 +70,7 @@ def attend(
     grouped = query.float().unflatten(1, (num_kv_heads, -1))  # [B, H_kv, n, Q, D]
     running = _start(grouped, states, sink_logits)
     rows = grouped.flatten(2, 3) * scale  # [B, H_kv, n * Q, D]
-    for span in spans(states):
+    for span in spans(states, rows.shape[:3].numel()):
         scores = _scores(rows, states, span)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -77,8 +81,12 @@ def attend(
     return output.unflatten(2, grouped.shape[2:4]).flatten(1, 2).to(query.dtype)
 
 
-def spans(states: LayerStates) -> Iterator[Span]:
-    """Cut the row positions where what queries see changes, and every ``SPAN_TOKENS``."""
+def spans(states: LayerStates, num_rows: int = 1) -> Iterator[Span]:
+    """Cut the row positions where what queries see changes, and every ``SPAN_TOKENS`` or fewer.
+
+    ``num_rows`` rows of scores are computed per token; they are kept below ``MAX_SCORES``.
+    """
+    longest = min(SPAN_TOKENS, max(BASE_PAGE_TOKENS, MAX_SCORES // num_rows))
     num_tokens = int(states.row_lengths.max(initial=0))
     num_sinks = states.key.sinks.shape[-2]
     bounds = np.stack([states.key.decoded_until, states.value.decoded_until])  # [2, B, Q]
@@ -90,8 +98,8 @@ def spans(states: LayerStates) -> Iterator[Span]:
     any_exact_beyond_sinks = bool((real & (bounds <= own)).any())
     cuts = sorted({0, num_tokens, *(c for c in (num_sinks, lowest, highest) if c < num_tokens)})
     for begin, end in pairwise(cuts):
-        for start in range(int(begin), int(end), SPAN_TOKENS):
-            stop = min(start + SPAN_TOKENS, int(end))
+        for start in range(int(begin), int(end), longest):
+            stop = min(start + longest, int(end))
             has_decoded = begin >= num_sinks and begin < highest
             is_mixed = begin >= lowest and any_exact_beyond_sinks
             yield Span(start, stop, has_decoded, begin < num_sinks or is_mixed or not has_decoded)
