@@ -30,9 +30,9 @@ def main() -> None:
     """Run every variant in its own process and append one record each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--only", type=int, nargs=2, help="key and value bits; used internally")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
