@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from kvbits.evaluation.corpora import (
     text_set,
 )
 from kvbits.evaluation.tasks import ArithmeticChain, KeyValueRecall
-from kvbits.evaluation.texts import bundled_texts, read_texts
+from kvbits.evaluation.texts import bundled_texts, dataset_texts, read_texts
 
 SMALL = SetSize(
     text_documents=2,
@@ -144,6 +146,30 @@ def test_files_and_folders_are_read_by_path(tokenizer, tmp_path):
     assert read_texts(tmp_path / "b.jsonl") == ["third\u2028line", "fourth"]
     found = text_set(tokenizer, path=tmp_path / "a.txt")
     assert [counted_text(found, tokenizer, row) for row in range(2)] == ["first", "second"]
+
+
+def test_datasets_are_read_by_name(monkeypatch):
+    """A stand-in for the package, which needs a network, records what it is asked for."""
+    asked = []
+
+    class Rows(dict):
+        column_names = ("text",)
+
+    def load_dataset(path, config, split):
+        asked.append((path, config, split))
+        return Rows(text=["one", " ", "two"])
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert dataset_texts("wikitext:wikitext-2-raw-v1") == ["one", "two"]
+    assert dataset_texts("some/set::train") == ["one", "two"]
+    assert asked == [("wikitext", "wikitext-2-raw-v1", "test"), ("some/set", None, "train")]
+    monkeypatch.setattr(Rows, "column_names", ("prompt",))
+    with pytest.raises(ValueError, match="must have a column 'text'"):
+        dataset_texts("some/set")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        dataset_texts("some/set")
 
 
 def test_text_of_the_callers_replaces_the_bundled_sample(tokenizer, tmp_path):

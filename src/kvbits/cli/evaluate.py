@@ -39,6 +39,10 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Folder: every text file in it is a set of its own.")
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Hugging Face dataset NAME[:CONFIG[:SPLIT]] with a text column."),
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Problems per task.")] = 200,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Windows of each text; default all.")
@@ -56,7 +60,7 @@ def evaluate(
 ) -> None:
     """Measure a plan, a uniform plan, or (with neither) the model at full precision.
 
-    Without --task, --text and --data: forward KL on the default held-out sets.
+    Without --task, --text, --data and --dataset: forward KL on the default held-out sets.
     """
     from kvbits.cli.measuring import Measuring, choose_plan, choose_tasks
     from kvbits.cli.models import load_config, load_model
@@ -64,14 +68,14 @@ def evaluate(
     names = [name for item in task or [] for name in item.split(",")]
     tasks = choose_tasks(names)
     chosen = choose_plan(load_config(model), plan, key_bits, value_bits, mode.value)
-    files = list(text or [])
+    sources: list[Path | str] = [*(text or []), *(dataset or [])]
     if data is not None:
-        files += text_files(data)
+        sources += text_files(data)
     measuring = Measuring(load_model(model, device, dtype.value), chosen, seed=seed, output=output)
-    if not names and not files:
+    if not names and not sources:
         measuring.default_sets()
-    for path in files:
-        measuring.text(path, windows, window_tokens)
+    for source in sources:
+        measuring.text(source, windows, window_tokens)
     for each in tasks:
         measuring.task(each, n, batch_size)
     measuring.print(as_json=as_json)

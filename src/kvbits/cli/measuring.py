@@ -17,6 +17,7 @@ from kvbits.evaluation.corpora import TokenSet, default_sets, text_set
 from kvbits.evaluation.divergence import measure, reference_logits
 from kvbits.evaluation.perplexity import perplexity
 from kvbits.evaluation.tasks import TASKS, Task
+from kvbits.evaluation.texts import dataset_texts
 from kvbits.plan import CachePlan
 
 
@@ -87,12 +88,14 @@ class Measuring:
         for token_set in default_sets(self.loaded.tokenizer, "heldout", seed=self.seed):
             self.token_set(token_set)
 
-    def text(self, path: Path, windows: int | None, window_tokens: int) -> None:
-        """Measure on the windows of a text file."""
+    def text(self, source: Path | str, windows: int | None, window_tokens: int) -> None:
+        """Measure on the windows of a text file, or of a dataset given by name."""
+        is_file = isinstance(source, Path)
         made = text_set(
             self.loaded.tokenizer,
-            path=path,
-            name=path.stem,
+            None if is_file else dataset_texts(str(source)),
+            path=source if is_file else None,
+            name=source.stem if isinstance(source, Path) else source,
             documents=windows,
             max_tokens=window_tokens,
         )

@@ -34,6 +34,29 @@ def read_texts(path: str | Path) -> list[str]:
     return texts
 
 
+def dataset_texts(name: str) -> list[str]:
+    """Fetch the column ``text`` of a Hugging Face dataset by name; needs a network.
+
+    Args:
+        name: ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``; the split is ``test`` by default.
+
+    Raises:
+        ValueError: the package datasets is missing, or the dataset has no column ``text``.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            f"dataset must be read with the package datasets, got {name!r} without it; "
+            "pip install datasets"
+        ) from None
+    path, config, split = (*name.split(":"), "", "")[:3]
+    found = load_dataset(path, config or None, split=split or "test")
+    if "text" not in found.column_names:
+        raise ValueError(f"dataset must have a column 'text', got {found.column_names} in {name}")
+    return [text for text in found["text"] if text.strip()]
+
+
 def bundled_texts(split: str) -> list[str]:
     """Return the bundled sample of kvbits-tiny for ``calibration`` or ``heldout``.
 
