@@ -99,10 +99,7 @@ class LayerStates:
             return torch.nn.functional.pad(inner, (0, 0, missing, 0)) if missing else inner
         shifts = torch.tensor(list(self.padding), device=states.tail.device)[:, None] + offset
         column = torch.arange(start, stop, device=states.tail.device) + shifts  # [B, T]
-        inside = (column >= 0) & (column < states.tail.shape[-2])
-        return _take_columns(
-            states.tail, column.clamp(0, max(0, states.tail.shape[-2] - 1)), inside
-        )
+        return take_columns(states.tail, column)
 
     def dense(self, side: Side, start: int = 0, stop: int | None = None) -> Tensor:
         """Materialise logical positions ``start`` to ``stop``: ``[B, H_kv, stop - start, D]``.
@@ -124,7 +121,7 @@ class LayerStates:
         shift = torch.tensor(list(self.padding), device=states.tail.device)
         rows = self._rows(side, 0, int(self.row_lengths.max(initial=0)), until[:, 0])
         position = torch.arange(start, stop, device=shift.device) - shift[:, None]
-        return _take_columns(rows, position.clamp(min=0), position >= 0)
+        return take_columns(rows, position)
 
     def _rows(self, side: Side, start: int, stop: int, until: IntArray) -> Tensor:
         """States by row position, decoded below ``until [B]`` and exact above."""
@@ -143,12 +140,14 @@ class LayerStates:
         return torch.cat((exact[:, :, : low - start], middle, exact[:, :, high - start :]), -2)
 
 
-def _take_columns(states: Tensor, column: Tensor, is_real: Tensor) -> Tensor:
-    """``[B, H, W, D]`` and columns ``[B, T]`` to ``[B, H, T, D]``; zero where not ``is_real``."""
-    if states.shape[-2] == 0:
+def take_columns(states: Tensor, column: Tensor) -> Tensor:
+    """``[B, H, W, D]`` and columns ``[B, T]`` to ``[B, H, T, D]``; zero outside 0 to W - 1."""
+    width = states.shape[-2]
+    if width == 0:
         return states.new_zeros(*states.shape[:2], column.shape[1], states.shape[-1])
-    index = column[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
-    return states.gather(2, index).masked_fill(~is_real[:, None, :, None], 0)
+    index = column.clamp(0, width - 1)[:, None, :, None]
+    taken = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
+    return taken.masked_fill(((column < 0) | (column >= width))[:, None, :, None], 0)
 
 
 class StatesHandle(torch.Tensor):

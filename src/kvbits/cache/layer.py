@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbits.attention.states import LayerStates, SideStates
+from kvbits.attention.states import LayerStates, SideStates, take_columns
 from kvbits.codecs.packing import PageStore
 from kvbits.errors import CalibrationError
 from kvbits.layer_plan import SIDES, IntArray, LayerPlan, Side
@@ -292,9 +292,7 @@ class PackedLayer:
             old = torch.nn.functional.pad(storage.sinks, (0, 0, 0, missing))
             shift = tails[side].shape[-2] - self.num_tokens
             column = position + torch.tensor(self._padding, device=device)[:, None] + shift
-            column = column.clamp(0, max(0, tails[side].shape[-2] - 1))
-            index = column[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[-1])
-            from_tail = tails[side].gather(2, index)
+            from_tail = take_columns(tails[side], column)
             storage.sinks = torch.where((position < held)[:, None, :, None], old, from_tail)
 
     def _flush(self, tails: dict[Side, Tensor]) -> None:

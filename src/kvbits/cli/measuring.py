@@ -14,7 +14,7 @@ from kvbits.cli.output import console, progress_bars, size, table
 from kvbits.evaluation import records
 from kvbits.evaluation.accuracy import paired_difference, run_task
 from kvbits.evaluation.corpora import TokenSet, default_sets, text_set
-from kvbits.evaluation.divergence import measure, reference_logits
+from kvbits.evaluation.divergence import measure
 from kvbits.evaluation.perplexity import perplexity
 from kvbits.evaluation.tasks import TASKS, Task
 from kvbits.evaluation.texts import dataset_texts
@@ -109,8 +109,7 @@ class Measuring:
             self._add("perplexity", token_set.name, f"{found.perplexity:.3f}", found.num_tokens)
             self._keep(records.perplexity_record(found, token_set, None, model))
             return
-        reference = reference_logits(model, token_set, keep_layer_inputs=False)
-        kl = measure(model, self.plan, token_set, reference)
+        kl = measure(model, self.plan, token_set)  # both passes side by side: any size of text
         name, n = token_set.name, kl.num_tokens
         self._add("forward KL, nats", name, f"{kl.kl_nats:.5f} ± {kl.kl_se:.5f}", n)
         self._add("top-1 agreement", name, f"{100 * kl.top1_agreement:.2f} %", n)
