@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvbits import memory
 from kvbits.cache.layer import PackedLayer
 from kvbits.codecs import Affine, AnyCodec, Identity
-from kvbits.codecs.packing import PageStore
+from kvbits.codecs.pages import PageStore
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import HeadGroup, LayerPlan
 

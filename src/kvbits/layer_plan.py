@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbits.codecs import AnyCodec, Codec
+from kvbits.codecs.packing import BASE_PAGE_TOKENS
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -102,6 +103,22 @@ class LayerPlan(BaseModel):
     def quantum(self) -> int:
         """Tokens that leave the residual together under joint flush."""
         return math.lcm(self.block_tokens("key"), self.block_tokens("value"))
+
+    @cached_property
+    def page_tokens(self) -> int:
+        """Tokens of a page, the same for both sides and all head groups."""
+        return math.lcm(BASE_PAGE_TOKENS, *(self.block_tokens(side) for side in SIDES))
+
+    @cached_property
+    def exact_capacity(self) -> int:
+        """Most tokens beyond the sinks that are exact at once: those of the longest residual, and
+        one that is about to join it. 0 where every token is packed at once."""
+        if self.flush == "joint":
+            most = self.residual_length + self.quantum
+        else:
+            key_block = self.residual_length or self.block_tokens("key")
+            most = max(key_block, self.residual_length + self.block_tokens("value"))
+        return most if most > 1 else 0
 
     @property
     def num_grouped_heads(self) -> int | None:

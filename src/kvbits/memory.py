@@ -11,11 +11,11 @@ from fractions import Fraction
 import numpy as np
 
 from kvbits.codecs import Codec
-from kvbits.codecs.packing import page_capacity, page_tokens
+from kvbits.codecs.packing import page_capacity, page_tokens, record_bytes
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan, Side
 
-TABLE_ENTRY_BYTES = 4  # a page id in the block table, int32
+TABLE_ENTRY_BYTES = 8  # the offset of a page in its pool, int64
 
 
 def head_dim(layer: LayerGeometry, side: Side) -> int:
@@ -28,14 +28,29 @@ def num_group_heads(group: HeadGroup, layer: LayerGeometry) -> int:
     return layer.num_key_value_heads if group.heads is None else len(group.heads)
 
 
-def page_bytes(codec: Codec, *, num_heads: int, head_dim: int, state_bits: int = 16) -> int:
-    """Bytes of one page: codes and parameters of ``page_tokens(codec)`` tokens of all heads."""
-    tokens = page_tokens(codec)
+def page_bytes(
+    codec: Codec,
+    *,
+    num_heads: int,
+    head_dim: int,
+    state_bits: int = 16,
+    tokens: int | None = None,
+) -> int:
+    """Bytes of one page: codes and parameters of all heads.
+
+    Args:
+        codec: How states are stored.
+        num_heads: Heads of the store.
+        head_dim: Channels of this side.
+        state_bits: Width of the states' own dtype.
+        tokens: Tokens of a page; ``page_tokens(codec)`` if not given.
+    """
+    tokens = tokens or page_tokens(codec)
     bits = tokens * head_dim * codec.code_bits(state_bits)
     for spec in codec.parameter_specs(head_dim):
         items = tokens if spec.axis == "token" else tokens // codec.block_tokens
         bits += items * spec.bits_per_item
-    return num_heads * bits // 8
+    return record_bytes(num_heads * bits // 8)
 
 
 def store_bytes(
@@ -46,10 +61,23 @@ def store_bytes(
     head_dim: int,
     batch: int = 1,
     state_bits: int = 16,
+    tokens_per_page: int | None = None,
+    is_reserved: bool = False,
 ) -> int:
-    """Bytes of a page store with ``num_tokens`` in each of ``batch`` rows, table included."""
-    capacity = page_capacity(-(-num_tokens // page_tokens(codec)))
-    page = page_bytes(codec, num_heads=num_heads, head_dim=head_dim, state_bits=state_bits)
+    """Bytes of a page store with ``num_tokens`` in each of ``batch`` rows, table included.
+
+    ``is_reserved``: the pages were reserved for exactly these tokens instead of grown.
+    """
+    tokens_per_page = tokens_per_page or page_tokens(codec)
+    pages = -(-num_tokens // tokens_per_page)
+    capacity = pages if is_reserved else page_capacity(pages)
+    page = page_bytes(
+        codec,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        state_bits=state_bits,
+        tokens=tokens_per_page,
+    )
     return batch * capacity * (page + TABLE_ENTRY_BYTES)
 
 
@@ -89,7 +117,8 @@ def layer_bytes(
     total = 0
     for side, lengths in zip(SIDES, packed, strict=True):
         length, width = int(lengths[0]), head_dim(layer, side)
-        exact_values = batch * (num_tokens - length) * layer.num_key_value_heads * width
+        exact_tokens = plan.sink_tokens + plan.exact_capacity
+        exact_values = batch * exact_tokens * layer.num_key_value_heads * width
         total += exact_values * state_bits // 8
         for group in plan.groups:
             total += store_bytes(
@@ -99,6 +128,7 @@ def layer_bytes(
                 head_dim=width,
                 batch=batch,
                 state_bits=state_bits,
+                tokens_per_page=plan.page_tokens,
             )
     return total
 

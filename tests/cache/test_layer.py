@@ -10,7 +10,7 @@ from naive_layer import HEADS, KEY_DIM, PLANS, VALUE_DIM, NaiveLayer, random_sta
 
 from kvbits.cache.layer import PackedLayer
 from kvbits.codecs import Affine, Identity
-from kvbits.codecs.packing import PageStore
+from kvbits.codecs.pages import PageStore
 from kvbits.errors import CalibrationError
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan
@@ -546,7 +546,7 @@ def walk_bytes(layer):
 
     for storage in layer._sides.values():
         visit(storage.sinks)
-        visit(storage.tail)
+        visit(storage.ring.buffer)
         for store, _ in storage.stores:
             visit(store)
     return sum(found.values())

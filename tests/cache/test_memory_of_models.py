@@ -10,7 +10,7 @@ from test_models import generate, new_cache, padded_prompt, prompt, shared_model
 
 import kvbits
 from kvbits import CachePlan
-from kvbits.codecs.packing import PageStore
+from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import LayerPlan
 from kvbits.testing import FAMILIES, tiny_model
 
@@ -77,13 +77,13 @@ def test_a_bfloat16_model_is_counted_in_sixteen_bits():
 
 @torch.no_grad()
 def test_effective_bits_of_a_full_cache_are_what_the_plan_says():
-    """At whole pages, codes and parameters are all there is but four bytes per page."""
+    """At whole pages, codes and parameters are all there is but eight bytes per page."""
     model = tiny_model("llama").bfloat16()
     plan = CachePlan.uniform(model.config, 4, 2, "per_token")
     cache = plan.new_cache(model)
     model(prompt(1, 256), past_key_values=cache)
     values = 256 * 4 * 2 * (32 + 32)
-    table = 4 * 2 * 4 * 4  # four pages in each store of two sides and four layers
+    table = 8 * 2 * 4 * 4  # four pages in each store of two sides and four layers
     assert 8 * (cache.nbytes - table) / values == pytest.approx(plan.effective_bits)
     assert plan.effective_bits_at(256) == pytest.approx(8 * cache.nbytes / values)
 

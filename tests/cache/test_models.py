@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import kvbits
 from kvbits.cache.hf import QuantizedCache, watch_padding
 from kvbits.codecs import Affine, Identity
-from kvbits.codecs.packing import PageStore
+from kvbits.codecs.pages import PageStore
 from kvbits.errors import PlanError, UnsupportedModelError
 from kvbits.layer_plan import SIDES, LayerPlan
 from kvbits.testing import FAMILIES, tiny_model

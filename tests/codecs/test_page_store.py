@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kvbits.codecs import Affine, Identity
-from kvbits.codecs.packing import PageStore, page_capacity, page_tokens
+from kvbits.codecs.packing import page_capacity, page_tokens
+from kvbits.codecs.pages import PageStore
 from kvbits.memory import page_bytes, store_bytes
 from kvbits.testing import pack_naively, value_position
 
@@ -303,9 +304,9 @@ def test_a_large_pool_grows_in_few_chunks_that_are_never_copied():
     for _ in range(60):
         store.append(random_states(64, rows=1))
         for index, chunk in enumerate(store._chunks):
-            address = chunk["codes"].data_ptr()
+            address = chunk.records.data_ptr()
             assert addresses.setdefault(index, address) == address
-    assert sum(len(chunk["codes"]) for chunk in store._chunks) == page_capacity(60)
+    assert sum(len(chunk.records) for chunk in store._chunks) == page_capacity(60)
 
 
 @both_sides

@@ -80,7 +80,8 @@ def test_only_kept_positions_are_returned(model, input_ids):
     found = logits_of(model, input_ids, plan, chunk_tokens=32, keep=keep)
     expected = logits_of(model, input_ids, plan, chunk_tokens=32)[:, keep]
     assert found.shape == (2, 3, model.config.vocab_size)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # other matmul shapes
+    # attention is float32, and its matrix products have other shapes: rounding of logits near 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_run_after_the_last_kept_position(model, input_ids):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from kvbits.codecs.packing import PageStore
+from kvbits.codecs.pages import PageStore
 from kvbits.errors import UnsupportedModelError
 from kvbits.layer_plan import IntArray, Side
 

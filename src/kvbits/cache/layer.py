@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from kvbits.attention.states import LayerStates, SideStates, take_columns
-from kvbits.codecs.packing import PageStore
+from kvbits.cache.ring import Ring
+from kvbits.codecs.pages import PageStore
 from kvbits.errors import CalibrationError
 from kvbits.layer_plan import SIDES, IntArray, LayerPlan, Side
 
 
 @dataclass
 class _SideStorage:
-    """Keys or values of the layer: packed stores per head group, sinks, residual (tail)."""
+    """Keys or values of the layer: packed stores per head group, sinks, residual."""
 
     stores: list[tuple[PageStore, Tensor | None]]
-    sinks: Tensor  # [B, H_kv, at most S, D], by row position
-    tail: Tensor  # [B, H_kv, W, D], its last column is the newest token
+    sinks: Tensor  # [B, H_kv, S, D], by row position
+    ring: Ring  # exact tokens beyond the sinks
 
     @property
     def packed(self) -> IntArray:
@@ -43,7 +44,7 @@ class _SideStorage:
     @property
     def nbytes(self) -> int:
         packed = sum(store.nbytes for store, _ in self.stores)
-        return packed + self.sinks.nbytes + self.tail.nbytes
+        return packed + self.sinks.nbytes + self.ring.buffer.nbytes
 
 
 class PackedLayer:
@@ -135,17 +136,17 @@ class PackedLayer:
             self._initialize(new)
         self._check(new)
         num_queries = key_states.shape[-2]
-        self.num_tokens += num_queries
         tails = {
-            side: torch.cat((self._sides[side].tail, new[side].detach()), -2) for side in SIDES
+            side: torch.cat((tail, new[side].detach()), -2) for side, tail in self._tails().items()
         }
+        self.num_tokens += num_queries
         self._fill_sinks(tails, num_queries)
         if num_queries == 1 or self.quantize_prefill:
             bounds = self._bounds_by_query(num_queries)
-            self._flush(tails)
+            kept = self._flush(tails)
             # A lone query sees everything that is packed decoded: the flushed part of the tail
             # need not be kept for it.
-            return self._view(self._tails() if num_queries == 1 else tails, bounds)
+            return self._view(kept if num_queries == 1 else tails, bounds)
         view = self._view(tails, self._bounds_now(num_queries))
         self._flush(tails)
         return view
@@ -177,15 +178,16 @@ class PackedLayer:
                 num_rows=batch,
                 dtype=states.dtype,
                 device=states.device,
+                page_tokens=self.plan.page_tokens,
             )
             stores.append((store, heads))
-        empty = states.new_empty(batch, num_heads, 0, head_dim)
-        return _SideStorage(stores, sinks=empty, tail=empty)
+        sinks = states.new_zeros(batch, num_heads, self.plan.sink_tokens, head_dim)
+        return _SideStorage(stores, sinks, Ring(states, self.plan.exact_capacity))
 
     def _check(self, new: dict[Side, Tensor]) -> None:
         for side, states in new.items():
-            tail = self._sides[side].tail
-            expected = (len(self._padding), tail.shape[1], states.shape[2], tail.shape[3])
+            _, num_heads, _, head_dim = self._sides[side].sinks.shape
+            expected = (len(self._padding), num_heads, states.shape[2], head_dim)
             if tuple(states.shape) != expected:
                 raise ValueError(
                     f"{side}_states must have shape {expected} (layer {self.layer_idx}), "
@@ -231,7 +233,17 @@ class PackedLayer:
     # ----- views
 
     def _tails(self) -> dict[Side, Tensor]:
-        return {side: self._sides[side].tail for side in SIDES}
+        """Exact newest tokens ``[B, H_kv, W, D]`` of each side; W is the longest row's."""
+        lengths = self._row_lengths()
+        tails = {}
+        for side, storage in self._sides.items():
+            width = int(self._num_exact(lengths, storage.packed).max(initial=0))
+            tails[side] = storage.ring.window(self._padding, self.num_tokens, width)
+        return tails
+
+    def _num_exact(self, lengths: IntArray, packed: IntArray) -> IntArray:
+        """Tokens of rows that are neither sinks nor packed."""
+        return np.maximum(lengths - self.plan.sink_tokens - packed, 0)
 
     def _row_lengths(self) -> IntArray:
         return np.maximum(self.num_tokens - np.asarray(self._padding, dtype=np.int64), 0)
@@ -282,41 +294,42 @@ class PackedLayer:
         before = np.maximum(self._row_lengths() - num_new, 0)
         if before.min(initial=self.plan.sink_tokens) >= self.plan.sink_tokens:
             return
-        width = min(self.plan.sink_tokens, int(self._row_lengths().max(initial=0)))
         for side in SIDES:
             storage = self._sides[side]
             device = storage.sinks.device
             held = torch.from_numpy(before).to(device)[:, None]
-            position = torch.arange(width, device=device)
-            missing = width - storage.sinks.shape[-2]
-            old = torch.nn.functional.pad(storage.sinks, (0, 0, 0, missing))
+            position = torch.arange(self.plan.sink_tokens, device=device)
             shift = tails[side].shape[-2] - self.num_tokens
             column = position + torch.tensor(self._padding, device=device)[:, None] + shift
             from_tail = take_columns(tails[side], column)
-            storage.sinks = torch.where((position < held)[:, None, :, None], old, from_tail)
+            is_held = (position < held)[:, None, :, None]
+            storage.sinks.copy_(torch.where(is_held, storage.sinks, from_tail))
 
-    def _flush(self, tails: dict[Side, Tensor]) -> None:
-        """Pack what has left the residual window, and keep the rest as the new tail."""
+    def _flush(self, tails: dict[Side, Tensor]) -> dict[Side, Tensor]:
+        """Pack what has left the residual window; keep and return the rest, the new tails."""
         lengths = self._row_lengths()
-        for side in SIDES:
-            self._sides[side].tail = tails[side]
-        self.peak_nbytes = max(self.peak_nbytes, sum(side.nbytes for side in self._sides.values()))
+        passing = sum(tail.nbytes for tail in tails.values())
+        held = sum(side.nbytes for side in self._sides.values())
+        self.peak_nbytes = max(self.peak_nbytes, held + passing)
+        kept = {}
         for index, side in enumerate(SIDES):
-            storage = self._sides[side]
+            storage, tail = self._sides[side], tails[side]
             packed = storage.packed
             due = packed
             if not self.is_recording:
                 due = np.maximum(packed, self.plan.packed_lengths(lengths)[index])
-            self._pack(storage, packed, due - packed)
-            exact = np.maximum(lengths - np.minimum(lengths, self.plan.sink_tokens) - due, 0)
-            keep = int(exact.max(initial=0))
-            if keep < storage.tail.shape[-2]:
-                storage.tail = storage.tail[:, :, storage.tail.shape[-2] - keep :].clone()
+            self._pack(storage, tail, packed, due - packed)
+            width = int(self._num_exact(lengths, due).max(initial=0))
+            kept[side] = tail[:, :, tail.shape[-2] - width :]
+            storage.ring.store(kept[side], self._padding, self.num_tokens)
+        return kept
 
-    def _pack(self, storage: _SideStorage, packed: IntArray, counts: IntArray) -> None:
-        """Encode the oldest ``counts`` residual tokens of every row; rows in step go together."""
+    def _pack(
+        self, storage: _SideStorage, tail: Tensor, packed: IntArray, counts: IntArray
+    ) -> None:
+        """Encode the oldest ``counts`` tokens of every row's tail; rows in step go together."""
         start = np.asarray(self._padding) + self.plan.sink_tokens + packed  # logical positions
-        columns = storage.tail.shape[-2] - self.num_tokens + start
+        columns = tail.shape[-2] - self.num_tokens + start
         for column, count in sorted({*zip(columns.tolist(), counts.tolist(), strict=True)}):
             rows = [
                 row
@@ -324,7 +337,7 @@ class PackedLayer:
                 if counts[row] == count and columns[row] == column
             ]
             if count:
-                states = storage.tail[rows] if len(rows) < len(counts) else storage.tail
+                states = tail[rows] if len(rows) < len(counts) else tail
                 storage.append(states[:, :, column : column + count], rows)
 
     # ----- taking tokens away, moving rows
@@ -356,11 +369,9 @@ class PackedLayer:
             reachable = np.maximum(lengths - self.plan.sink_tokens, 0)
             left = np.where(reachable < packed, reachable - reachable % block, packed)
             self.num_reencoded_tokens += int((np.minimum(packed, reachable) - left).sum())
-            exact = np.maximum(reachable - left, 0)
-            width = int(exact.max(initial=0))
+            width = int(self._num_exact(lengths, left).max(initial=0))
             tail = former.dense(side, self.num_tokens - width, self.num_tokens)
-            storage.tail = tail.to(storage.tail.dtype).clone()
-            storage.sinks = storage.sinks[:, :, : int(lengths.max(initial=0))].clone()
+            storage.ring.store(tail.to(storage.sinks.dtype), self._padding, self.num_tokens)
             for row, length in enumerate(left.tolist()):
                 for store, _ in storage.stores:
                     store.truncate(row, length)
@@ -373,8 +384,8 @@ class PackedLayer:
         self._padding = [self._padding[i] for i in index]
         for side in SIDES:
             storage = self._sides[side]
-            rows = torch.tensor(list(index), device=storage.tail.device)
-            storage.tail = storage.tail.index_select(0, rows)
+            rows = torch.tensor(list(index), device=storage.sinks.device)
+            storage.ring.buffer = storage.ring.buffer.index_select(0, rows)
             storage.sinks = storage.sinks.index_select(0, rows)
             for store, _ in storage.stores:
                 store.map_rows(index)
@@ -382,7 +393,7 @@ class PackedLayer:
     def to(self, device: torch.device) -> None:
         """Move all states to ``device``."""
         for storage in self._sides.values():
-            storage.tail = storage.tail.to(device, non_blocking=True)
+            storage.ring.buffer = storage.ring.buffer.to(device, non_blocking=True)
             storage.sinks = storage.sinks.to(device, non_blocking=True)
             storage.stores = [
                 (store, None if heads is None else heads.to(device))
@@ -396,6 +407,8 @@ class PackedLayer:
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain facts from which ``restore`` rebuilds the layer."""
         self.check_finite()
+        if not self.is_initialized:
+            return {}, {"num_tokens": 0, "padding": self._padding, "packed": {}}
         tensors: dict[str, Tensor] = {}
         facts: dict[str, Any] = {
             "num_tokens": self.num_tokens,
@@ -403,8 +416,9 @@ class PackedLayer:
             "num_reencoded_tokens": self.num_reencoded_tokens,
             "packed": {side: self._sides[side].packed.tolist() for side in self._sides},
         }
+        tails = self._tails()
         for side, storage in self._sides.items():
-            tensors[f"{side}.sinks"], tensors[f"{side}.tail"] = storage.sinks, storage.tail
+            tensors[f"{side}.sinks"], tensors[f"{side}.tail"] = storage.sinks, tails[side]
             for index, (store, _) in enumerate(storage.stores):
                 for name, plane in store.export_pages().items():
                     tensors[f"{side}.{index}.{name}"] = plane
@@ -420,7 +434,8 @@ class PackedLayer:
         self.num_tokens = int(facts["num_tokens"])
         self.num_reencoded_tokens = int(facts["num_reencoded_tokens"])
         for side, storage in self._sides.items():
-            storage.sinks, storage.tail = tensors[f"{side}.sinks"], new[side]
+            storage.sinks = tensors[f"{side}.sinks"]
+            storage.ring.store(new[side], self._padding, self.num_tokens)
             for index, (store, _) in enumerate(storage.stores):
                 prefix = f"{side}.{index}."
                 planes = {
