@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -138,6 +138,61 @@ class LayerStates:
             is_decoded[:, None, :, None], decoded, exact[:, :, low - start : high - start]
         )
         return torch.cat((exact[:, :, : low - start], middle, exact[:, :, high - start :]), -2)
+
+
+class StoreGroup(NamedTuple):
+    """One head group: its stores, and the heads they hold (None: all heads, in order)."""
+
+    key: PageStore
+    value: PageStore
+    heads: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelStates:
+    """All states of one layer as kernels take them: lengths on the device, nothing to compute.
+
+    A row holds ``clock - padding`` tokens. Of those beyond the sinks, the packed ones number
+    ``floor``, or, unless ``is_held``, as many as have left the residual since.
+
+    Attributes:
+        groups: Page stores by head group.
+        sinks: Exact first tokens of keys and of values, ``[B, H_kv, S, D]``, by row position.
+        tails: Exact newest tokens of keys and of values, ``[B, H_kv, W, D]``.
+        is_ring: Whether the tails hold row position p in slot ``p % W``; else their last column is
+            the newest token.
+        clock: int32 ``[1]``, tokens of a row, padding included.
+        padding: int32 ``[B]``.
+        floor: int32 ``[B]``.
+        is_held: Whether exactly ``floor`` tokens are packed.
+        residual_length: R of the plan.
+        quantum: Tokens that are packed together.
+        packed: Packed tokens of every row as far as the host knows, for choosing a schedule.
+        most_packed: Packed tokens of the longest row that a captured call has to serve.
+    """
+
+    groups: tuple[StoreGroup, ...]
+    sinks: tuple[Tensor, Tensor]
+    tails: tuple[Tensor, Tensor]
+    is_ring: bool
+    clock: Tensor
+    padding: Tensor
+    floor: Tensor
+    is_held: bool
+    residual_length: int
+    quantum: int
+    packed: Sequence[int]
+    most_packed: int
+
+    @property
+    def num_heads(self) -> int:
+        """Key/value heads of the layer."""
+        return int(self.tails[0].shape[1])
+
+    @property
+    def most_exact(self) -> int:
+        """Room for exact tokens: sinks and tail."""
+        return int(self.sinks[0].shape[2] + self.tails[0].shape[2])
 
 
 def take_columns(states: Tensor, column: Tensor) -> Tensor:

@@ -90,10 +90,15 @@ class Affine(Codec):
         grouped = self._grouped(states.float())
         low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
         scale, offset = self._scale_and_offset(low, high)
-        step = torch.where(
-            scale == 0, 1.0, scale
-        )  # constant group: code 0, the offset restores it
-        codes = ((grouped - offset) / step).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        # A constant group has code 0, and the offset restores it.
+        step = torch.where(scale == 0, 1.0, scale)
+        if self.parameter_dtype == "float16":
+            # The rounding of kernels, so that stored bytes do not depend on who encodes. The
+            # reciprocal of a float32 scale may overflow; that of an fp16 scale does not.
+            steps = (grouped - offset) * (1.0 / step)
+        else:
+            steps = (grouped - offset) / step
+        codes = steps.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
         parts = (scale,) if self.symmetric else (scale, offset)
         parameters = torch.cat(parts, -1).to(PARAMETER_DTYPES[self.parameter_dtype])
         return Encoded(self._ungrouped(codes, states.shape[-2]), {"affine": parameters})
@@ -127,7 +132,9 @@ class Affine(Codec):
             scale = round_up(torch.maximum(high / (top - 1), -low / top).clamp_(min=0), dtype)
             return scale, scale * -top
         offset = round_down(low, dtype)
-        return round_up((high - offset) / (2**self.bits - 1), dtype), offset
+        # On a GPU, division by a number is a product with its reciprocal; by a tensor it is not.
+        steps = torch.full_like(high, 2**self.bits - 1)
+        return round_up((high - offset) / steps, dtype), offset
 
 
 def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:

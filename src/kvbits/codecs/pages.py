@@ -168,12 +168,26 @@ class PageStore:
             self._release(page)
         self._table = None
 
-    def reserve(self, num_tokens: int) -> None:
+    @property
+    def planes(self) -> dict[str, Tensor]:
+        """All pages of the pool by plane, ``[pages, H, ...]``, while it is one piece of memory."""
+        (chunk,) = self._chunks
+        return chunk.planes
+
+    def reserve(self, num_tokens: int, *, order: torch.Generator | None = None) -> None:
         """Give every row pages of its own for ``num_tokens`` tokens, so that appending allocates
-        nothing and no page moves until then."""
+        nothing and no page moves until then.
+
+        Args:
+            num_tokens: Tokens of a row.
+            order: Hands pages out in random order, as a pool that has been in use for long would.
+        """
         count = -(-num_tokens // self.page_tokens)
         self._reserved_pages = max(self._reserved_pages, count)
         self._reserve(count)
+        if order is not None:
+            permutation = torch.randperm(len(self._free), generator=order)
+            self._free = [self._free[i] for i in permutation.tolist()]
         for pages in self._pages:
             pages.extend(self._allocate(count - len(pages)))
         self._table = None
@@ -183,9 +197,12 @@ class PageStore:
         """Tokens for which each row has pages."""
         return [len(pages) * self.page_tokens for pages in self._pages]
 
-    def make_room(self, rows: Sequence[int], num_tokens: int) -> None:
-        """Give every row pages of its own for the ``num_tokens`` it is about to write."""
-        needed = [-(-(self.lengths[row] + num_tokens) // self.page_tokens) for row in rows]
+    def make_room(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Give every row pages of its own for the tokens it is about to write."""
+        needed = [
+            -(-(self.lengths[row] + count) // self.page_tokens)
+            for row, count in zip(rows, counts, strict=True)
+        ]
         self._reserve(max(*needed, *map(len, self._pages)))
         for row, count in zip(rows, needed, strict=True):
             pages, last = self._pages[row], self.lengths[row] // self.page_tokens
@@ -349,7 +366,7 @@ class PageStore:
         num_tokens = codes.shape[-2]
         written = list(range(len(self.lengths)) if rows is None else rows)
         starts = [self.lengths[row] for row in written]
-        self.make_room(written, num_tokens)
+        self.make_room(written, [num_tokens] * len(written))
         for row in written:
             self.lengths[row] += num_tokens
         if not self.codec.is_exact:

@@ -1,0 +1,324 @@
+"""Attention over packed pages, sinks and residual in one pass, on a GPU.
+
+Two launches: splits of every row, then their merge by log-sum-exp; for the int8 form a small one
+before them, which turns the query into coefficients. Nothing is read back to the host, lengths come
+from the device, and extra memory is the partial outputs: splits times queries, whatever the context.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kvbits.attention.states import KernelStates, StoreGroup
+from kvbits.attention.triton import schedule as schedules
+from kvbits.attention.triton.kernels.common import LOG2E
+from kvbits.attention.triton.kernels.fp16_form import attend_fp16
+from kvbits.attention.triton.kernels.int8_form import (
+    attend_int8,
+    key_operands,
+    key_width,
+    prepare_queries,
+)
+from kvbits.attention.triton.kernels.merge import merge_splits
+from kvbits.attention.triton.schedule import Schedule, Shape, SideShape
+
+_LOG2E = float(LOG2E.value)
+
+
+class _Partials(NamedTuple):
+    """Outputs ``[B, H_kv, splits, Q * n, D_v]`` and log-sum-exps of splits, float32."""
+
+    output: Tensor
+    log_sum: Tensor
+
+
+def attend(
+    query: Tensor,
+    states: KernelStates,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
+    sink_logits: Tensor | None = None,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """Compute softmax(scale · query · keysᵀ) · values, causal, over one layer's states.
+
+    Args:
+        query: ``[B, H_q, Q, D]``, bfloat16 or float16; the newest Q tokens of every row.
+        states: Keys and values.
+        scale: Factor on the scores.
+        softcap: If given, scores become ``softcap * tanh(scores / softcap)``.
+        window: If given, a query sees this many newest tokens, its own included.
+        sink_logits: ``[H_q]`` extra logits that take part in the softmax and have no value.
+        schedule: How to launch, for measurements; by default chosen from the shape.
+
+    Returns:
+        ``[B, Q, H_q, D_v]`` in the dtype of ``query``.
+    """
+    batch, num_heads, num_queries, _ = query.shape
+    num_kv_heads = states.num_heads
+    group_queries = num_heads // num_kv_heads
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    shapes = [_shape(group, states, group_queries, num_queries) for group in states.groups]
+    plans = [schedule or schedules.choose(shape, _multiprocessors(query)) for shape in shapes]
+    if len(plans) > 1:  # one merge for all head groups: they share the number of splits
+        most = max(plan.splits for plan in plans)
+        exact = max(plan.exact_splits for plan in plans)
+        plans = [plan._replace(splits=most, exact_splits=exact) for plan in plans]
+    num_splits = plans[0].splits + plans[0].exact_splits
+    columns = num_queries * group_queries
+    value_dim = states.tails[1].shape[-1]
+    partials = _Partials(
+        query.new_empty(
+            (batch, num_kv_heads, num_splits, columns, value_dim), dtype=torch.float32
+        ),
+        query.new_empty((batch, num_kv_heads, num_splits, columns), dtype=torch.float32),
+    )
+    options = {
+        "scale": scale * _LOG2E,
+        "cap": 0.0 if softcap is None else softcap * _LOG2E,
+        "WINDOW": window or 0,
+        "SOFTCAP": softcap is not None,
+        "COMPILED": not _is_interpreted(),
+    }
+    for group, shape, plan in zip(states.groups, shapes, plans, strict=True):
+        launch = _launch_int8 if plan.form == "int8" else _launch_fp16
+        launch(query, states, group, shape, plan, partials, options)
+    return _merge(query, states, partials, sink_logits)
+
+
+def _shape(group: StoreGroup, states: KernelStates, group_queries: int, num_queries: int) -> Shape:
+    sides = [
+        schedules.side_shape(store.codec, store.head_dim) for store in (group.key, group.value)
+    ]
+    assert sides[0] is not None
+    assert sides[1] is not None  # checked at the public door
+    return Shape(
+        key=sides[0],
+        value=sides[1],
+        group_queries=group_queries,
+        num_queries=num_queries,
+        rows=group.key.num_heads * states.tails[0].shape[0],
+        num_tokens=states.most_packed,
+        exact_tokens=states.most_exact,
+    )
+
+
+def _launch_int8(
+    query: Tensor,
+    states: KernelStates,
+    group: StoreGroup,
+    shape: Shape,
+    plan: Schedule,
+    partials: _Partials,
+    options: dict[str, object],
+) -> None:
+    coefficients = constants = query  # per-channel keys make theirs from every group's scales
+    if not shape.key.key_group:
+        coefficients, constants = _prepare(query, states, shape, plan, options)
+    grid = (query.shape[0] * group.key.num_heads, plan.splits + plan.exact_splits)
+    attend_int8[grid](
+        query,
+        coefficients,
+        constants,
+        *_tensors(states, group),
+        *partials,
+        options["scale"],
+        options["cap"],
+        plan.splits,
+        plan.exact_splits,
+        _per_split(states, plan),
+        group.key.table.stride(0),
+        group.value.table.stride(0),
+        query.stride(0),
+        query.stride(1),
+        **_constants(states, group, shape, plan, options),
+        GP=plan.columns,
+        **_launch_options(),
+        **_launch(plan),
+    )
+
+
+def _prepare(
+    query: Tensor,
+    states: KernelStates,
+    shape: Shape,
+    plan: Schedule,
+    options: dict[str, object],
+) -> tuple[Tensor, Tensor]:
+    """Queries as int8 coefficients, and four constants of every head."""
+    bits, head_dim, columns = shape.key.bits, shape.key.head_dim, plan.columns
+    rows = query.shape[0] * states.num_heads
+    operand_bytes = len(key_operands(bits, head_dim)) * 2 * columns * key_width(bits, head_dim)
+    coefficients = query.new_empty(rows * operand_bytes, dtype=torch.int8)
+    constants = query.new_empty(rows * 4 * columns, dtype=torch.float32)
+    prepare_queries[(rows,)](
+        query,
+        coefficients,
+        constants,
+        options["scale"],
+        query.stride(0),
+        query.stride(1),
+        H=states.num_heads,
+        D=head_dim,
+        KB=bits,
+        GQ=shape.group_queries,
+        GP=columns,
+        num_warps=1,
+        **_launch_options(),
+    )
+    return coefficients, constants
+
+
+def _launch_fp16(
+    query: Tensor,
+    states: KernelStates,
+    group: StoreGroup,
+    shape: Shape,
+    plan: Schedule,
+    partials: _Partials,
+    options: dict[str, object],
+) -> None:
+    column_tiles = -(-shape.num_queries * shape.group_queries // plan.columns)
+    rows = query.shape[0] * group.key.num_heads
+    attend_fp16[(rows, plan.splits + plan.exact_splits, column_tiles)](
+        query,
+        *_tensors(states, group),
+        *partials,
+        options["scale"],
+        options["cap"],
+        plan.splits,
+        plan.exact_splits,
+        _per_split(states, plan),
+        group.key.table.stride(0),
+        group.value.table.stride(0),
+        query.stride(0),
+        query.stride(1),
+        query.stride(2),
+        states.tails[0].shape[2],
+        **_constants(states, group, shape, plan, options),
+        NQ=shape.num_queries,
+        HP=plan.columns,
+        **_launch_options(),
+        **_launch(plan),
+    )
+
+
+def _tensors(states: KernelStates, group: StoreGroup) -> tuple[Tensor, ...]:
+    """What both forms read, in the order of their arguments."""
+    tails = tuple(tail.contiguous() for tail in states.tails)
+    return (
+        group.key.pool.view(torch.int8),
+        group.value.pool.view(torch.int8),
+        group.key.table,
+        group.value.table,
+        *states.sinks,
+        *tails,
+        states.clock if group.heads is None else group.heads,
+        states.clock,
+        states.padding,
+        states.floor,
+    )
+
+
+def _constants(
+    states: KernelStates,
+    group: StoreGroup,
+    shape: Shape,
+    plan: Schedule,
+    options: dict[str, object],
+) -> dict[str, object]:
+    """Compile-time constants of both forms."""
+    return {
+        "H": states.num_heads,
+        "HS": group.key.num_heads,
+        "HAS_HEADS": group.heads is not None,
+        "DK": shape.key.head_dim,
+        "DV": shape.value.head_dim,
+        "KB": shape.key.bits,
+        "VB": shape.value.bits,
+        "G": shape.key.key_group,
+        "VG": shape.value.groups,
+        "PAGE": group.key.page_tokens,
+        "GQ": shape.group_queries,
+        "BN": plan.tile,
+        "S": states.sinks[0].shape[2],
+        "R": states.residual_length,
+        "QUANTUM": states.quantum,
+        "HELD": states.is_held,
+        "CAP": states.tails[0].shape[2] if states.is_ring else 0,
+        "WINDOW": options["WINDOW"],
+        "SOFTCAP": options["SOFTCAP"],
+        "COMPILED": options["COMPILED"],
+    }
+
+
+def _per_split(states: KernelStates, plan: Schedule) -> int:
+    tiles = [-(-packed // plan.tile) for packed in states.packed]
+    return schedules.tiles_per_split(tiles, plan.splits)
+
+
+def _merge(
+    query: Tensor, states: KernelStates, partials: _Partials, sink_logits: Tensor | None
+) -> Tensor:
+    batch, num_heads, num_queries, _ = query.shape
+    num_splits, value_dim = partials.log_sum.shape[2], partials.output.shape[-1]
+    outputs = batch * num_heads * num_queries
+    padded_splits = triton.next_power_of_2(num_splits)
+    # Enough programs to fill the machine, and tiles that stay in registers.
+    channels = triton.next_power_of_2(value_dim)
+    while channels > 16 and (
+        outputs * (value_dim // channels) < 128 or padded_splits * channels > 8192
+    ):
+        channels //= 2
+    output = query.new_empty(batch, num_queries, num_heads, value_dim)
+    merge_splits[(outputs, -(-value_dim // channels))](
+        *partials,
+        output if sink_logits is None else sink_logits,
+        output,
+        num_splits,
+        H=states.num_heads,
+        GQ=num_heads // states.num_heads,
+        NQ=num_queries,
+        D=value_dim,
+        DB=channels,
+        NSP=padded_splits,
+        HAS_SINK=sink_logits is not None,
+        num_warps=4 if padded_splits * channels >= 2048 else 2,
+        **_launch_options(),
+    )
+    return output
+
+
+def _launch(plan: Schedule) -> dict[str, int]:
+    return {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+
+
+def _launch_options() -> dict[str, object]:
+    """Let a kernel start while the one before it ends, where the hardware can (sm_90 and later)."""
+    if _is_interpreted() or torch.cuda.get_device_capability() < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+def _multiprocessors(query: Tensor) -> int:
+    if query.device.type != "cuda":
+        return schedules.DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(query.device).multi_processor_count
+
+
+def _is_interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def scratch_bytes(batch: int, num_heads: int, num_queries: int, plan: Schedule, dim: int) -> int:
+    """Bytes of partial outputs of one call: the extra memory of attention, whatever the context."""
+    splits = plan.splits + plan.exact_splits
+    return math.prod((batch, num_heads, num_queries, splits, dim + 1)) * 4

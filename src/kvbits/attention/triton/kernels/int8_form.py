@@ -1,0 +1,520 @@
+"""Decode attention on int8 tensor cores: codes enter the matrix unit almost as they lie in memory.
+
+A byte, read as int8, is a sum of its segments around zero (bit 7 is stored flipped). Masking a byte
+to its segments 0..k is one AND for four bytes, and the last prefix needs none. With P_k the prefix
+and w_k the query times the segment's weight,
+
+    sum_k w_k * segment_k  =  sum_k P_k * (w_k - w_{k+1})  +  128 * w_last
+
+The coefficients w_k - w_{k+1} of the query, and the probabilities, enter as 15-bit fixed point in two
+int8 columns (high and low). For up to four query heads per key/value head these fill the columns a
+matrix unit pads to anyway. Low prefixes and high prefixes have a scale and an accumulator each, so
+that the rounding of the query stays far below that of the keys. Probabilities are scaled by their own
+maximum in every tile: nothing underflows, however long the context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from kvbits.attention.triton.kernels.common import (
+    NOTHING,
+    attend_exact,
+    first_pages,
+    next_pages,
+    row_lengths,
+    soft_capped,
+    store_partial,
+    tiles_of_split,
+)
+from kvbits.attention.triton.kernels.layout import (
+    field_channel,
+    field_group,
+    field_mask,
+    field_weight,
+    has_top_bit,
+    high_half,
+    length_of,
+    low_half,
+    padded,
+    prefix_mask,
+    row_bytes,
+    segment_channel,
+    segment_weight,
+    value_fields,
+    value_planes,
+)
+
+FIXED = tl.constexpr(16383.0)  # largest magnitude in 15-bit fixed point
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to its low bits
+TINY = tl.constexpr(1e-20)  # keeps the scale of an all-zero query or value finite
+
+
+@triton.constexpr_function
+def and_code(mask: Any) -> Any:
+    """PTX that masks four bytes."""
+    return f"and.b32 $0, $1, {mask * 0x01010101:#010x};"
+
+
+@triton.constexpr_function
+def as_int8(mask: Any) -> Any:
+    """A byte mask as int8."""
+    return mask - 256 if mask >= 128 else mask
+
+
+@triton.constexpr_function
+def key_operands(bits: Any, head_dim: Any) -> Any:
+    """(first byte read, first byte that counts, prefix) of every operand of a key row.
+
+    A 3-bit row of 48 bytes is read as bytes 0..31 and 16..47, two whole steps of the matrix unit;
+    the coefficients of bytes that come twice are zero. Bits 6 and 7 of the first two planes belong
+    to one channel, so one prefix takes both.
+    """
+    if bits == 3 and head_dim == 128:
+        return ((0, 0, 0), (0, 0, 1), (0, 0, 3), (16, 32, 0), (16, 32, 1), (16, 32, 2), (16, 32, 3))
+    return tuple((0, 0, k) for k in range(4 if bits == 3 else 8 // bits))
+
+
+@triton.constexpr_function
+def key_width(bits: Any, head_dim: Any) -> Any:
+    """Bytes of one load of a key row, padded to what a step of the matrix unit takes."""
+    return 32 if bits == 3 and head_dim == 128 else padded(row_bytes(bits, head_dim), 32)
+
+
+@triton.constexpr_function
+def next_prefix(operands: Any, index: Any) -> Any:
+    """The prefix after ``index`` in the same load, or None."""
+    if index + 1 < len(operands) and operands[index + 1][0] == operands[index][0]:
+        return operands[index + 1][2]
+    return None
+
+
+@triton.constexpr_function
+def is_fine(bits: Any, prefix: Any) -> Any:
+    """Whether a prefix belongs to the accumulator of low bits."""
+    return prefix < (1 if bits == 3 else 4 // bits)
+
+
+@triton.jit
+def masked_bytes(b_w, MASK: tl.constexpr, COMPILED: tl.constexpr):
+    """Bits of ``MASK`` in every byte; plain Triton would unpack the bytes first."""
+    if MASK == 0xFF:
+        return b_w
+    elif COMPILED:
+        return tl.inline_asm_elementwise(
+            and_code(MASK), "=r,r", [b_w], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        return (b_w & as_int8(MASK)).to(tl.int8)
+
+
+@triton.jit
+def fixed_point(b_x, b_inverse, ROWS: tl.constexpr, GP: tl.constexpr):
+    """``[ROWS, GP]`` float32 to ``[ROWS, 2 * GP]`` int8: high and low 7 bits side by side."""
+    b_i = (b_x * b_inverse + ROUND).to(tl.int32, bitcast=True)
+    return tl.reshape(tl.join((b_i >> 7).to(tl.int8), (b_i & 127).to(tl.int8)), [ROWS, 2 * GP])
+
+
+@triton.jit
+def joined(b_d, ROWS: tl.constexpr, GP: tl.constexpr):
+    """Sums of high and low columns ``[ROWS, 2 * GP]`` int32 to ``[ROWS, GP]`` float32."""
+    b_high, b_low = tl.split(tl.reshape(b_d, [ROWS, GP, 2]))
+    return (b_high * 128 + b_low).to(tl.float32)
+
+
+@triton.jit
+def by_eight(b_x, ROWS: tl.constexpr, GP: tl.constexpr):
+    """Sum ``[ROWS, GP]`` to ``[8, GP]``: what one thread holds; lanes are summed once, at the end."""
+    return tl.sum(tl.reshape(b_x, [ROWS // 8, 8, GP]), 0)
+
+
+@triton.jit
+def segment_query(p_q, o_b, m_g, FIRST, SEGMENT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """w of one segment for the bytes ``o_b`` of a row, from ``FIRST`` on: ``[KW, GP]``."""
+    m_b = (o_b >= FIRST) & (o_b < row_bytes(BITS, D))
+    o_ok = tl.where(m_b, o_b, 0)
+    weight = tl.where(m_b, segment_weight(o_ok, SEGMENT, BITS, D), 0.0)
+    channel = segment_channel(o_ok, SEGMENT, BITS, D)
+    b_q = tl.load(p_q[None, :] + channel[:, None], mask=m_g[None, :], other=0.0)
+    return b_q.to(tl.float32) * weight[:, None]
+
+
+@triton.jit
+def channel_scaled(b_w, p_pairs, o_kb, KB: tl.constexpr, D: tl.constexpr):
+    """w of every operand times the scales of its channels, which are one group's pairs."""
+    OPERANDS: tl.constexpr = key_operands(KB, D)
+    b_scaled = ()
+    for k in tl.static_range(length_of(OPERANDS)):
+        o_b = OPERANDS[k][0] + o_kb
+        o_ok = tl.where(o_b < row_bytes(KB, D), o_b, 0)
+        b_s = low_half(tl.load(p_pairs + segment_channel(o_ok, OPERANDS[k][2], KB, D)))
+        b_scaled = b_scaled + (b_w[k] * b_s[:, None],)
+    return b_scaled
+
+
+@triton.jit
+def coefficients(b_w, b_bias, scale, KB: tl.constexpr, D: tl.constexpr, GP: tl.constexpr):
+    """Operands of the query from w ``[KW, GP]`` each, in fixed point.
+
+    Returns the operands, the scale of the fine ones, of the coarse ones, and the constant term, to
+    which ``b_bias`` is added; all but the operands times ``scale``.
+    """
+    OPERANDS: tl.constexpr = key_operands(KB, D)
+    N: tl.constexpr = length_of(OPERANDS)
+    KW: tl.constexpr = key_width(KB, D)
+    b_fine = tl.full([GP], TINY, tl.float32)
+    b_coarse = tl.full([GP], TINY, tl.float32)
+    b_a = ()
+    for k in tl.static_range(N):
+        if next_prefix(OPERANDS, k) is None:
+            b_bias += 128 * tl.sum(b_w[k], 0)
+            b_c = b_w[k]
+        else:
+            b_c = b_w[k] - b_w[k + 1]
+        if is_fine(KB, OPERANDS[k][2]):
+            b_fine = tl.maximum(b_fine, tl.max(tl.abs(b_c), 0))
+        else:
+            b_coarse = tl.maximum(b_coarse, tl.max(tl.abs(b_c), 0))
+        b_a = b_a + (b_c,)
+    b_ops = ()
+    for k in tl.static_range(N):
+        if is_fine(KB, OPERANDS[k][2]):
+            b_inverse = FIXED / b_fine
+        else:
+            b_inverse = FIXED / b_coarse
+        b_ops = b_ops + (fixed_point(b_a[k], b_inverse[None, :], KW, GP),)
+    return b_ops, b_fine * (scale / FIXED), b_coarse * (scale / FIXED), b_bias * scale
+
+
+@triton.jit
+def prepare_queries(
+    Q,
+    QA,
+    QC,
+    scale,
+    sq_b,
+    sq_h,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    KB: tl.constexpr,
+    GQ: tl.constexpr,
+    GP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Coefficients of the queries of one key/value head, for per-token keys; grid (B * H).
+
+    QA: int8 ``[B * H, operands, 2 * GP, KW]``. QC: float32 ``[B * H, 4, GP]``: scale of the fine
+    and of the coarse operands, constant term, sum of the query, all times ``scale``. Read back from
+    memory, operands have the order the matrix unit wants; computed where they are used, they cost
+    the main loop a fifth more instructions.
+    """
+    i_bh = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    OPERANDS: tl.constexpr = key_operands(KB, D)
+    N: tl.constexpr = length_of(OPERANDS)
+    KW: tl.constexpr = key_width(KB, D)
+    o_w = tl.arange(0, KW)
+    o_g = tl.arange(0, GP)
+    o_d = tl.arange(0, padded(D, 16))
+    m_g = o_g < GQ
+    p_q = Q + (i_bh // H) * sq_b + ((i_bh % H) * GQ + o_g) * sq_h
+    m_q = m_g[None, :] & (o_d < D)[:, None]
+    b_q = tl.load(p_q[None, :] + o_d[:, None], mask=m_q, other=0.0).to(tl.float32)
+    b_w = ()
+    for k in tl.static_range(N):
+        o_b = OPERANDS[k][0] + o_w
+        b_w = b_w + (segment_query(p_q, o_b, m_g, OPERANDS[k][1], OPERANDS[k][2], KB, D),)
+    b_zero = tl.zeros([GP], tl.float32)
+    b_ops, b_fine, b_coarse, b_bias = coefficients(b_w, b_zero, scale, KB, D, GP)
+    p_a = QA + (i_bh * N * 2 * GP + tl.arange(0, 2 * GP)[None, :]) * KW + o_w[:, None]
+    for k in tl.static_range(N):
+        tl.store(p_a + k * 2 * GP * KW, b_ops[k])
+    p_c = QC + i_bh * 4 * GP + o_g
+    tl.store(p_c, b_fine)
+    tl.store(p_c + GP, b_coarse)
+    tl.store(p_c + 2 * GP, b_bias)
+    tl.store(p_c + 3 * GP, tl.sum(b_q, 0) * scale)
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_exact_splits", "k_stride", "v_stride", "per_split"])
+def attend_int8(
+    Q,
+    QA,
+    QC,
+    K_POOL,
+    V_POOL,
+    K_TABLE,
+    V_TABLE,
+    SINK_K,
+    SINK_V,
+    TAIL_K,
+    TAIL_V,
+    HEADS,
+    CLOCK,
+    PADDING,
+    FLOOR,
+    PO,
+    PM,
+    scale,
+    cap,
+    num_splits,
+    num_exact_splits,
+    per_split,
+    k_stride,
+    v_stride,
+    sq_b,
+    sq_h,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    KB: tl.constexpr,
+    VB: tl.constexpr,
+    G: tl.constexpr,
+    VG: tl.constexpr,
+    PAGE: tl.constexpr,
+    GQ: tl.constexpr,
+    GP: tl.constexpr,
+    BN: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    QUANTUM: tl.constexpr,
+    HELD: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COMPILED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Attend one query of every row to a share of its tokens; grid (B * HS, splits).
+
+    The first splits take packed tiles, the last the exact tokens. G: tokens of a per-channel
+    key group, 0 for per-token keys. VG: scale groups of a value.
+    """
+    i_s = tl.program_id(1)  # the slow index: exact tokens come last and fill up the machine
+    i_b = tl.program_id(0) // HS
+    i_hs = tl.program_id(0) % HS  # head in the store; i_h is the same head in the layer
+    i_h = i_hs
+    if HAS_HEADS:
+        i_h = tl.load(HEADS + i_hs)
+    i_row = (i_b * H + i_h).to(tl.int64)
+    length, packed = row_lengths(CLOCK, PADDING, FLOOR, i_b, S, R, QUANTUM, HELD)
+    p_query = Q + i_b.to(tl.int64) * sq_b + i_h * GQ * sq_h
+    p_part = (i_row * (num_splits + num_exact_splits) + i_s) * GQ
+    if i_s >= num_splits:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        HP: tl.constexpr = padded(GQ, 8)
+        b_m, b_l, b_o = attend_exact(
+            p_query,
+            SINK_K + i_row * (S * DK),
+            SINK_V + i_row * (S * DV),
+            TAIL_K + i_row * (CAP * DK),
+            TAIL_V + i_row * (CAP * DV),
+            length,
+            packed,
+            i_s - num_splits,
+            num_exact_splits,
+            sq_h,
+            0,
+            DK,
+            DV,
+            0,
+            scale,
+            cap,
+            0,
+            DK,
+            DV,
+            GQ,
+            1,
+            HP,
+            S,
+            CAP,
+            WINDOW,
+            SOFTCAP,
+            COMPILED,
+        )
+        o_c = tl.arange(0, HP)
+        o_d = tl.arange(0, padded(DV, 16))
+        store_partial(PO, PM, b_m, b_l, b_o, p_part, o_d, o_d < DV, o_c, o_c < GQ, DV)
+        return
+
+    KR: tl.constexpr = row_bytes(KB, DK)
+    VR: tl.constexpr = row_bytes(VB, DV)
+    KW: tl.constexpr = key_width(KB, DK)
+    OPERANDS: tl.constexpr = key_operands(KB, DK)
+    N: tl.constexpr = length_of(OPERANDS)
+    PLANES: tl.constexpr = value_planes(VB, VG)
+    VROWS: tl.constexpr = VR // PLANES
+    VW: tl.constexpr = padded(VROWS, 16)
+    FIELDS: tl.constexpr = value_fields(VB, VG)
+    NF: tl.constexpr = length_of(FIELDS)
+    KEY_PAIRS: tl.constexpr = PAGE if G == 0 else PAGE // G * DK  # scale and offset pairs of a page
+    o_kb = tl.arange(0, KW)
+    o_vr = tl.arange(0, VW)
+    o_n = tl.arange(0, BN)
+    o_g = tl.arange(0, GP)
+    m_g = o_g < GQ
+
+    begin, step, num_tiles = tiles_of_split(
+        i_s, length, packed, per_split, num_splits, BN, S, WINDOW
+    )
+    K_TABLE += i_b.to(tl.int64) * k_stride
+    V_TABLE += i_b.to(tl.int64) * v_stride
+    k_pages = first_pages(K_TABLE, k_stride, begin, step, BN, PAGE)
+    v_pages = first_pages(V_TABLE, v_stride, begin, step, BN, PAGE)
+    if PDL:  # for what the launch before this one wrote; lengths and tables are older
+        tl.extra.cuda.gdc_wait()
+    b_qa = ()
+    if G == 0:
+        p_qa = QA + (i_row * N * 2 * GP + tl.arange(0, 2 * GP)[None, :]) * KW + o_kb[:, None]
+        for k in tl.static_range(N):
+            b_qa = b_qa + (tl.load(p_qa + k * 2 * GP * KW),)
+        p_qc = QC + i_row * 4 * GP + o_g
+        b_fine = tl.load(p_qc)
+        b_coarse = tl.load(p_qc + GP)
+        b_bias = tl.load(p_qc + 2 * GP)
+        b_qsum = tl.load(p_qc + 3 * GP)
+    else:
+        p_q = p_query + o_g * sq_h
+        o_d = tl.arange(0, padded(DK, 16))
+        m_q = m_g[None, :] & (o_d < DK)[:, None]
+        b_q = tl.load(p_q[None, :] + o_d[:, None], mask=m_q, other=0.0).to(tl.float32)
+        b_w_q = ()
+        for k in tl.static_range(N):
+            o_b = OPERANDS[k][0] + o_kb
+            b_w_q = b_w_q + (segment_query(p_q, o_b, m_g, OPERANDS[k][1], OPERANDS[k][2], KB, DK),)
+
+    b_acc = ()
+    for k in tl.static_range(NF):
+        b_acc = b_acc + (tl.zeros([VW, GP], tl.float32),)
+    b_m = tl.full([GP], NOTHING, tl.float32)
+    b_l = tl.zeros([8, GP], tl.float32)
+    b_w = ()  # sum of p * scale, where a group has bytes with bit 7
+    b_z = ()  # sum of p * offset
+    for g in tl.static_range(VG):
+        b_w = b_w + (tl.zeros([8, GP], tl.float32),)
+        b_z = b_z + (tl.zeros([8, GP], tl.float32),)
+
+    for t in range(begin, num_tiles, step):
+        n = t * BN
+        at = t % (PAGE // BN) * BN
+        p_k = K_POOL + k_pages[0] * 16 + (i_hs * PAGE + at) * KR
+        p_v = V_POOL + v_pages[0] * 16 + i_hs * (PAGE * VR) + at
+        p_ks = (K_POOL + k_pages[0] * 16 + HS * PAGE * KR).to(tl.pointer_type(tl.int32))
+        p_vs = (V_POOL + v_pages[0] * 16 + HS * PAGE * VR).to(tl.pointer_type(tl.int32))
+        k_pages = next_pages(k_pages, K_TABLE, k_stride, t, step, BN, PAGE)
+        v_pages = next_pages(v_pages, V_TABLE, v_stride, t, step, BN, PAGE)
+        if G > 0:
+            p_group = p_ks + i_hs * KEY_PAIRS + at // G * DK
+            b_pairs = tl.load(p_group + o_d, mask=o_d < DK, other=0)
+            b_ops, b_fine_t, b_coarse_t, b_bias_t = coefficients(
+                channel_scaled(b_w_q, p_group, o_kb, KB, DK),
+                tl.sum(b_q * high_half(b_pairs)[:, None], 0),
+                scale,
+                KB,
+                DK,
+                GP,
+            )
+        else:
+            b_ops, b_fine_t, b_coarse_t, b_bias_t = b_qa, b_fine, b_coarse, b_bias
+        b_low = tl.zeros([BN, 2 * GP], tl.int32)
+        b_high = tl.zeros([BN, 2 * GP], tl.int32)
+        for k in tl.static_range(N):
+            if k == 0 or OPERANDS[k][0] != OPERANDS[k - 1][0]:
+                o_row = OPERANDS[k][0] + o_kb
+                p_kw = p_k + o_n[:, None] * KR + o_row[None, :]
+                if OPERANDS[k][0] + KW <= KR:
+                    b_kw = tl.load(p_kw)
+                else:
+                    b_kw = tl.load(p_kw, mask=(o_row < KR)[None, :], other=0)
+            b_op = masked_bytes(b_kw, prefix_mask(KB, OPERANDS[k][2]), COMPILED)
+            if is_fine(KB, OPERANDS[k][2]):
+                b_low = tl.dot(b_op, b_ops[k], b_low, out_dtype=tl.int32)
+            else:
+                b_high = tl.dot(b_op, b_ops[k], b_high, out_dtype=tl.int32)
+        b_s = joined(b_high, BN, GP) * b_coarse_t[None, :] + b_bias_t[None, :]
+        if KB < 8:
+            b_s += joined(b_low, BN, GP) * b_fine_t[None, :]
+        if G == 0:
+            b_ks = tl.load(p_ks + i_hs * KEY_PAIRS + at + o_n)
+            b_s = b_s * low_half(b_ks)[:, None] + high_half(b_ks)[:, None] * b_qsum[None, :]
+        if SOFTCAP:
+            b_s = soft_capped(b_s, cap)
+        m_n = o_n < packed - n
+        if WINDOW > 0:
+            m_n = m_n & (o_n >= length - WINDOW - S - n)
+        b_s = tl.where(m_n[:, None], b_s, NOTHING)
+
+        b_max = tl.max(b_s, 0)
+        b_new = tl.maximum(b_m, b_max)
+        b_a = tl.math.exp2(b_m - b_new)[None, :]
+        b_b = tl.math.exp2(b_max - b_new)[None, :]
+        b_p = tl.math.exp2(b_s - b_max[None, :])
+        b_m = b_new
+        b_l = b_l * b_a + b_b * by_eight(b_p, BN, GP)
+        b_p8 = ()
+        b_o_scale = ()
+        b_w_new = ()
+        b_z_new = ()
+        for g in tl.static_range(VG):
+            b_vs = tl.load(p_vs + (i_hs * VG + g) * PAGE + at + o_n, mask=o_n < packed - n, other=0)
+            b_pv = b_p * low_half(b_vs)[:, None]
+            b_top = tl.maximum(tl.max(low_half(b_vs), 0), TINY)
+            b_pz = by_eight(b_p * high_half(b_vs)[:, None], BN, GP)
+            b_z_new = b_z_new + (b_z[g] * b_a + b_b * b_pz,)
+            if has_top_bit(VB, VG, g):
+                b_w_new = b_w_new + (b_w[g] * b_a + b_b * by_eight(b_pv, BN, GP),)
+            else:
+                b_w_new = b_w_new + (b_w[g],)
+            # the token order of a value page: the four bytes of a register are one thread's rows
+            b_i8 = tl.reshape(fixed_point(b_pv, FIXED / b_top, BN, GP), [BN // 32, 4, 8, 2 * GP])
+            b_p8 = b_p8 + (tl.reshape(tl.permute(b_i8, (0, 2, 1, 3)), [BN, 2 * GP]),)
+            b_o_scale = b_o_scale + (b_b * (b_top / FIXED),)
+        b_w = b_w_new
+        b_z = b_z_new
+        b_acc_new = ()
+        for k in tl.static_range(NF):
+            if k == 0 or FIELDS[k][0] != FIELDS[k - 1][0]:
+                p_vw = p_v + (FIELDS[k][0] * VROWS + o_vr[:, None]) * PAGE + o_n[None, :]
+                if VW == VROWS:
+                    b_vw = tl.load(p_vw)
+                else:
+                    b_vw = tl.load(p_vw, mask=(o_vr < VROWS)[:, None], other=0)
+            if VG == 1:
+                b_op = masked_bytes(b_vw, prefix_mask(VB, FIELDS[k][1]), COMPILED)
+            else:
+                b_op = masked_bytes(b_vw, field_mask(VB, FIELDS[k]), COMPILED)
+            b_d = tl.dot(b_op, b_p8[field_group(VB, VG, FIELDS[k])], out_dtype=tl.int32)
+            b_d = joined(b_d, VW, GP) * b_o_scale[field_group(VB, VG, FIELDS[k])]
+            b_acc_new = b_acc_new + (b_acc[k] * b_a + b_d,)
+        b_acc = b_acc_new
+
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    b_sum = tl.sum(b_l, 0)
+    b_bits = ()  # the bits of 3-bit channels 6 and 7 that lie in the third plane
+    for j in tl.static_range(NF - 1, -1, -1):
+        b_o = b_acc[j]
+        if VG == 1 and j > 0:
+            if FIELDS[j][0] == FIELDS[j - 1][0]:
+                b_o -= b_acc[j - 1]
+        if field_mask(VB, FIELDS[j]) >= 128:
+            b_o += tl.sum(b_w[field_group(VB, VG, FIELDS[j])], 0)[None, :] * 128
+        b_o *= field_weight(VB, FIELDS[j])
+        if VB == 3 and j >= 8:
+            b_bits = b_bits + (b_o,)
+        else:
+            if VB == 3 and j == 2:  # channel 6
+                b_o += b_bits[1]
+            if VB == 3 and j == 5:  # channel 7
+                b_o += b_bits[0]
+            b_o += tl.sum(b_z[field_group(VB, VG, FIELDS[j])], 0)[None, :]
+            o_d = o_vr + field_channel(VB, DV, VG, FIELDS[j])
+            store_partial(PO, PM, b_m, b_sum, b_o, p_part, o_d, o_vr < VROWS, o_g, m_g, DV)

@@ -1,0 +1,150 @@
+"""Encoding on a GPU: statistics, codes and bytes in one pass, written where the pages are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvbits.attention.states import KernelStates, StoreGroup
+from kvbits.attention.triton import schedule as schedules
+from kvbits.attention.triton.kernels.encode import append_step, encode_prompt
+from kvbits.codecs.pages import PageStore
+from kvbits.layer_plan import Side
+
+PROMPT_TILE = 64  # tokens of a program, where keys are not per channel
+
+
+def append_prompt(
+    store: PageStore,
+    side: Side,
+    states: Tensor,
+    heads: Tensor | None,
+    *,
+    columns: Sequence[int],
+    counts: Sequence[int],
+) -> None:
+    """Encode, for every row b, ``counts[b]`` tokens from column ``columns[b]`` on, and append them.
+
+    Args:
+        store: Where they go. Counts must be multiples of the codec's block.
+        side: Side of the store.
+        states: ``[B, H_kv, T, D]``.
+        heads: Heads of the states that the store holds; None: all, in order.
+        columns: First column of every row.
+        counts: Tokens of every row; 0 leaves a row as it is.
+    """
+    if not any(counts):
+        return
+    rows = [row for row, count in enumerate(counts) if count]
+    store.make_room(rows, [counts[row] for row in rows])
+    shape = schedules.side_shape(store.codec, store.head_dim)
+    assert shape is not None  # checked at the public door
+    tile = shape.key_group or PROMPT_TILE
+    tiles = max(
+        -(-(start + count) // tile) - start // tile
+        for start, count in zip(store.lengths, counts, strict=True)
+    )
+    if states.stride(-1) != 1:
+        states = states.contiguous()
+    column, start, count = (
+        torch.tensor(list(x), dtype=torch.int32).to(states.device, non_blocking=True)
+        for x in (columns, store.lengths, counts)
+    )
+    encode_prompt[(tiles, len(counts) * store.num_heads)](
+        states,
+        column if heads is None else heads,
+        column,
+        start,
+        count,
+        store.pool.view(torch.int8),
+        store.table,
+        states.stride(0),
+        states.stride(1),
+        states.stride(2),
+        store.table.stride(0),
+        HS=store.num_heads,
+        HAS_HEADS=heads is not None,
+        D=store.head_dim,
+        BITS=shape.bits,
+        G=shape.key_group,
+        GROUPS=shape.groups,
+        PAGE=store.page_tokens,
+        T=tile,
+        IS_KEY=side == "key",
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    store.lengths = [length + count for length, count in zip(store.lengths, counts, strict=True)]
+
+
+def append_token(
+    states: KernelStates,
+    group: StoreGroup,
+    key_states: Tensor,
+    value_states: Tensor,
+    flags: Tensor,
+    limits: tuple[float, float],
+) -> None:
+    """Keep one new token of every row and pack what it pushes out of the residual.
+
+    One launch, no host synchronisation, no allocation. The clock of ``states`` must count the new
+    token already, and every row must have pages for what is packed.
+
+    Args:
+        states: The layer.
+        group: The head group to write.
+        key_states: ``[B, H_kv, 1, D]``.
+        value_states: Like ``key_states``.
+        flags: int32 ``[2]``; set to 1 for a side that brings a state which is not finite.
+        limits: Largest magnitude that keys and values may have.
+    """
+    sides = [
+        schedules.side_shape(store.codec, store.head_dim) for store in (group.key, group.value)
+    ]
+    key, value = sides
+    assert key is not None
+    assert value is not None  # checked at the public door
+    batch, num_heads = key_states.shape[:2]
+    append_step[(batch * group.key.num_heads,)](
+        key_states,
+        value_states,
+        group.key.pool.view(torch.int8),
+        group.value.pool.view(torch.int8),
+        group.key.table,
+        group.value.table,
+        *states.sinks,
+        *states.tails,
+        states.clock if group.heads is None else group.heads,
+        states.clock,
+        states.padding,
+        states.floor,
+        flags,
+        key_states.stride(0),
+        key_states.stride(1),
+        value_states.stride(0),
+        value_states.stride(1),
+        group.key.table.stride(0),
+        group.value.table.stride(0),
+        H=num_heads,
+        HS=group.key.num_heads,
+        HAS_HEADS=group.heads is not None,
+        DK=key.head_dim,
+        DV=value.head_dim,
+        KB=key.bits,
+        VB=value.bits,
+        G=key.key_group,
+        KG=key.groups,
+        VG=value.groups,
+        PAGE=group.key.page_tokens,
+        S=states.sinks[0].shape[2],
+        R=states.residual_length,
+        QUANTUM=states.quantum,
+        CAP=states.tails[0].shape[2],
+        K_LIMIT=limits[0],
+        V_LIMIT=limits[1],
+        PDL=False,
+        num_warps=4 if states.quantum > 1 else 1,
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,295 @@
+"""Attention over packed pages, layer by layer, against the best attention over a 16-bit cache.
+
+Times are of one layer's decode attention, all launches included, with a block table, the exact
+residual and the schedule a user gets. Layers are rotated so that each finds its pages in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvbits.attention.states import KernelStates, StoreGroup
+from kvbits.attention.triton import schedule as schedules
+from kvbits.attention.triton.decode import attend
+from kvbits.attention.triton.schedule import Schedule
+from kvbits.bench.timing import ReadFloor, graph_time_us
+from kvbits.codecs import Affine, AnyCodec, Identity
+from kvbits.codecs.pages import PageStore
+from kvbits.layer_plan import LayerPlan, Side
+
+LEAST_BYTES = 400 << 20  # over all layers of a cell: several times the cache of the GPU
+MAX_LAYERS = 48
+
+
+class Cell(NamedTuple):
+    """One shape and storage to time.
+
+    Attributes:
+        batch: Rows.
+        context: Tokens of a row.
+        key_bits: 2, 3, 4, 8 or 16.
+        value_bits: Like ``key_bits``.
+        key_group: Tokens of a per-channel key group; 0: per token.
+        value_groups: Scales of a value.
+        num_heads: Key/value heads.
+        group_queries: Query heads per key/value head.
+        head_dim: Channels.
+        residual_length: Exact newest tokens.
+        is_shuffled: Whether pages lie in random order.
+        num_queries: Queries of a row.
+        shortest: Tokens of the shortest row of a ragged batch, as a share of the longest.
+        window: Sliding window, 0 for none.
+    """
+
+    batch: int
+    context: int
+    key_bits: int
+    value_bits: int
+    key_group: int = 0
+    value_groups: int = 1
+    num_heads: int = 8
+    group_queries: int = 4
+    head_dim: int = 128
+    residual_length: int = 64
+    is_shuffled: bool = True
+    num_queries: int = 1
+    shortest: float = 1.0
+    window: int = 0
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The layer plan the cell is about."""
+        return LayerPlan.uniform(
+            _codec(self.key_bits, self.key_group, None),
+            _codec(self.value_bits, 0, _group_size(self)),
+            residual_length=self.residual_length,
+        )
+
+    @property
+    def name(self) -> str:
+        """Widths and groups, for tables."""
+        name = f"K{self.key_bits}V{self.value_bits}"
+        name += f" G{self.key_group}" if self.key_group else ""
+        return name + (f" V{self.value_groups}" if self.value_groups > 1 else "")
+
+
+def _group_size(cell: Cell) -> int | None:
+    return None if cell.value_groups == 1 else cell.head_dim // cell.value_groups
+
+
+def _codec(bits: int, key_group: int, group_size: int | None) -> AnyCodec:
+    if bits == 16:
+        return Identity()
+    if key_group:
+        return Affine.model_validate(
+            {"bits": bits, "granularity": "per_channel", "group_size": key_group}
+        )
+    return Affine.model_validate({"bits": bits, "group_size": group_size})
+
+
+def row_lengths(cell: Cell) -> list[int]:
+    """Tokens of every row: evenly spread from the shortest to the longest."""
+    shortest = int(cell.context * cell.shortest)
+    spread = max(1, cell.batch - 1)
+    return [
+        cell.context - (cell.context - shortest) * row // spread for row in range(cell.batch)
+    ]
+
+
+def random_states(cell: Cell, *, device: str = "cuda", seed: int = 0) -> KernelStates:
+    """A layer full of random codes, scales and residual, as a decode step finds it."""
+    plan, generator = cell.plan, torch.Generator(device).manual_seed(seed)
+    lengths = row_lengths(cell)
+    exact = cell.num_queries if cell.num_queries > 1 else 0
+    packed = [int(plan.packed_lengths(_array(length - exact))[0][0]) for length in lengths]
+    stores = [
+        _random_store(cell, side, packed, generator, torch.device(device)) for side in SIDES
+    ]
+
+    def states(width: int) -> Tensor:
+        shape = (cell.batch, cell.num_heads, width, cell.head_dim)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    width = plan.exact_capacity if not exact else max(
+        length - count for length, count in zip(lengths, packed, strict=True)
+    )
+    padding = [cell.context - length for length in lengths]
+    clock, padding_t, floor = (
+        torch.tensor(x, dtype=torch.int32, device=device)
+        for x in ([cell.context], padding, packed)
+    )
+    return KernelStates(
+        groups=(StoreGroup(stores[0], stores[1], None),),
+        sinks=(states(0), states(0)),
+        tails=(states(width), states(width)),
+        is_ring=not exact,
+        clock=clock,
+        padding=padding_t,
+        floor=floor,
+        is_held=bool(exact),
+        residual_length=plan.residual_length,
+        quantum=plan.quantum,
+        packed=packed,
+        most_packed=max(packed),
+    )
+
+
+SIDES: tuple[Side, Side] = ("key", "value")
+
+
+def _array(number: int) -> Any:
+    import numpy as np
+
+    return np.array([number])
+
+
+def _random_store(
+    cell: Cell,
+    side: Side,
+    packed: Sequence[int],
+    generator: torch.Generator,
+    device: torch.device,
+) -> PageStore:
+    codec = cell.plan.groups[0].codec(side)
+    store = PageStore(
+        codec,
+        side=side,
+        num_heads=cell.num_heads,
+        head_dim=cell.head_dim,
+        num_rows=cell.batch,
+        dtype=torch.bfloat16,
+        device=device,
+        page_tokens=cell.plan.page_tokens,
+    )
+    store.reserve(max(packed), order=torch.Generator().manual_seed(1) if cell.is_shuffled else None)
+    store.lengths = list(packed)
+    planes = store.planes
+    if codec.is_exact:
+        planes["codes"].normal_(generator=generator)
+        return store
+    planes["codes"].random_(0, 256, generator=generator)
+    scales, offsets = planes["affine"].unbind(-1)
+    scales.uniform_(0.05, 0.25, generator=generator)
+    offsets.uniform_(-1, 0, generator=generator)
+    return store
+
+
+def random_query(cell: Cell, *, device: str = "cuda") -> Tensor:
+    """``[B, H_q, Q, D]`` in the memory order of a projection's output."""
+    heads = cell.num_heads * cell.group_queries
+    query = torch.randn(cell.batch, cell.num_queries, heads, cell.head_dim, device=device)
+    return query.to(torch.bfloat16).transpose(1, 2)
+
+
+def states_bytes(states: KernelStates) -> int:
+    """Bytes a step has to read: pages in use, scales, residual."""
+    total = 0
+    for group in states.groups:
+        for store in (group.key, group.value):
+            pages = sum(-(-count // store.page_tokens) for count in store.lengths)
+            total += pages * store.record_units * 16
+    exact = int(states.clock) * len(states.packed) - int(states.padding.sum()) - sum(states.packed)
+    return total + exact * states.num_heads * 4 * states.tails[0].shape[-1]
+
+
+class Timed(NamedTuple):
+    """A measured cell."""
+
+    cell: Cell
+    time_us: float
+    num_bytes: int
+    schedule: str
+
+
+def schedule_of(cell: Cell, states: KernelStates) -> Schedule:
+    """What the shipped heuristic chooses."""
+    group = states.groups[0]
+    key, value = (
+        schedules.side_shape(store.codec, store.head_dim) for store in (group.key, group.value)
+    )
+    assert key is not None
+    assert value is not None
+    shape = schedules.Shape(
+        key=key,
+        value=value,
+        group_queries=cell.group_queries,
+        num_queries=cell.num_queries,
+        rows=cell.batch * cell.num_heads,
+        num_tokens=states.most_packed,
+        exact_tokens=states.most_exact,
+    )
+    return schedules.choose(shape, torch.cuda.get_device_properties(0).multi_processor_count)
+
+
+class CellBench:
+    """The layers of one cell, and how fast schedules run over them."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        first = random_states(cell)
+        self.num_bytes = states_bytes(first)
+        count = max(2, min(MAX_LAYERS, -(-LEAST_BYTES // self.num_bytes)))
+        self.layers = [first, *(random_states(cell, seed=i) for i in range(1, count))]
+        self.query = random_query(cell)
+        self.shipped = schedule_of(cell, first)
+
+    def time_us(self, schedule: Schedule | None = None) -> float:
+        """Time of one layer under a schedule; the shipped one by default."""
+        scale = self.cell.head_dim**-0.5
+
+        def call(states: KernelStates) -> Any:
+            return lambda: attend(
+                self.query, states, scale, window=self.cell.window or None, schedule=schedule
+            )
+
+        return graph_time_us([call(states) for states in self.layers])
+
+    def variants(self) -> Iterator[Schedule]:
+        """Schedules around the shipped one, to find out what it leaves."""
+        shipped = self.shipped
+        tiles = -(-max(self.layers[0].packed) // shipped.tile)
+        for stages in sorted({2, 3, 4, 5}):
+            for factor in (0.5, 0.75, 1, 1.5, 2):
+                splits = max(1, min(tiles, round(shipped.splits * factor)))
+                yield shipped._replace(num_stages=stages, splits=splits)
+
+
+def dense_times_us(batch: int, context: int, cell: Cell) -> dict[str, float]:
+    """Times of torch's attention over a contiguous 16-bit cache of the same shape."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shape = (batch, cell.num_heads, context, cell.head_dim)
+    num_bytes = 4 * batch * cell.num_heads * context * cell.head_dim
+    count = max(2, min(24, -(-LEAST_BYTES // num_bytes)))
+    layers = [
+        tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        for _ in range(count)
+    ]
+    query = random_query(cell)
+    found = {}
+    for name in ("cudnn", "flash"):
+        backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
+
+        def call(keys: Tensor, values: Tensor, backend: Any = backend) -> Any:
+            def run() -> None:
+                with sdpa_kernel(backend):
+                    scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+            return run
+
+        try:
+            found[name] = graph_time_us([call(keys, values) for keys, values in layers])
+        except RuntimeError:
+            continue  # this backend does not take the shape
+    return found
+
+
+def measure_floor() -> tuple[ReadFloor, float]:
+    """The read kernel, and its bandwidth in GB/s."""
+    floor = ReadFloor()
+    return floor, floor.bandwidth_gb_s()
