@@ -252,10 +252,10 @@ class CellBench:
         """Schedules around the shipped one, to find out what it leaves."""
         shipped = self.shipped
         tiles = -(-max(self.layers[0].packed) // shipped.tile)
-        for stages in sorted({2, 3, 4, 5}):
+        for depth in (1, 2, 3, 4):
             for factor in (0.5, 0.75, 1, 1.5, 2):
                 splits = max(1, min(tiles, round(shipped.splits * factor)))
-                yield shipped._replace(num_stages=stages, splits=splits)
+                yield shipped._replace(depth=depth, splits=splits)
 
 
 def dense_times_us(batch: int, context: int, cell: Cell) -> dict[str, float]:

@@ -18,12 +18,8 @@ from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.kernels.common import LOG2E
 from kvbits.attention.triton.kernels.fp16_form import attend_fp16
-from kvbits.attention.triton.kernels.int8_form import (
-    attend_int8,
-    key_operands,
-    key_width,
-    prepare_queries,
-)
+from kvbits.attention.triton.kernels.int8_form import attend_int8, key_width, prepare_queries
+from kvbits.attention.triton.kernels.layout import num_segments
 from kvbits.attention.triton.kernels.merge import merge_splits
 from kvbits.attention.triton.schedule import Schedule, Shape, SideShape
 
@@ -123,7 +119,7 @@ def _launch_int8(
     coefficients = constants = query  # per-channel keys make theirs from every group's scales
     if not shape.key.key_group:
         coefficients, constants = _prepare(query, states, shape, plan, options)
-    grid = (query.shape[0] * group.key.num_heads, plan.splits + plan.exact_splits)
+    grid = (plan.splits + plan.exact_splits, query.shape[0] * group.key.num_heads)
     attend_int8[grid](
         query,
         coefficients,
@@ -156,7 +152,7 @@ def _prepare(
     """Queries as int8 coefficients, and four constants of every head."""
     bits, head_dim, columns = shape.key.bits, shape.key.head_dim, plan.columns
     rows = query.shape[0] * states.num_heads
-    operand_bytes = len(key_operands(bits, head_dim)) * 2 * columns * key_width(bits, head_dim)
+    operand_bytes = num_segments(bits) * 2 * columns * key_width(bits, head_dim)
     coefficients = query.new_empty(rows * operand_bytes, dtype=torch.int8)
     constants = query.new_empty(rows * 4 * columns, dtype=torch.float32)
     prepare_queries[(rows,)](
@@ -188,7 +184,7 @@ def _launch_fp16(
 ) -> None:
     column_tiles = -(-shape.num_queries * shape.group_queries // plan.columns)
     rows = query.shape[0] * group.key.num_heads
-    attend_fp16[(rows, plan.splits + plan.exact_splits, column_tiles)](
+    attend_fp16[(plan.splits + plan.exact_splits, rows, column_tiles)](
         query,
         *_tensors(states, group),
         *partials,

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.kernels.encode import append_step, encode_prompt
+from kvbits.attention.triton.schedule import SideShape
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import Side
 
@@ -73,10 +74,18 @@ def append_prompt(
         PAGE=store.page_tokens,
         T=tile,
         IS_KEY=side == "key",
-        num_warps=4,
+        num_warps=_prompt_warps(shape, tile),
         enable_fp_fusion=False,
     )
     store.lengths = [length + count for length, count in zip(store.lengths, counts, strict=True)]
+
+
+def _prompt_warps(shape: SideShape, tile: int) -> int:
+    """Warps of a prompt's tile: a per-channel block is reduced over its tokens, and should stay
+    within few warps as long as it fits in their registers."""
+    if not shape.key_group:
+        return 4
+    return max(1, tile * shape.head_dim // 4096)
 
 
 def append_token(
@@ -107,7 +116,7 @@ def append_token(
     assert key is not None
     assert value is not None  # checked at the public door
     batch, num_heads = key_states.shape[:2]
-    append_step[(batch * group.key.num_heads,)](
+    append_step[(batch * group.key.num_heads, 2)](
         key_states,
         value_states,
         group.key.pool.view(torch.int8),
@@ -144,7 +153,6 @@ def append_token(
         CAP=states.tails[0].shape[2],
         K_LIMIT=limits[0],
         V_LIMIT=limits[1],
-        PDL=False,
         num_warps=4 if states.quantum > 1 else 1,
         enable_fp_fusion=False,
     )

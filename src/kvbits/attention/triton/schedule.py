@@ -2,8 +2,8 @@
 
 A choice is a pure function of the shape, so that nothing is tuned at a user's first call, and
 ``kvbits inspect`` can print it on a machine without a GPU. The constants come from measurements on
-an H200 (``benchmarks/results/kernels-*.jsonl``), where what matters is how many bytes a
-multiprocessor has in flight: about 100 KB hide the latency of memory.
+an H200 (``benchmarks/results/kernels.jsonl``): two tiles in flight for each of eight warps hide the
+latency of memory, four for large tiles; a few long splits beat many short ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ INT8_QUERIES = 4  # up to these, the int8 form's two columns per head are free
 TILE_TOKENS = 64
 EXACT_TILE_TOKENS = 16
 MAX_SPLITS = 256
-BYTES_IN_FLIGHT = 100_000  # per multiprocessor
+LARGE_TILE_BYTES = 14_000  # 8-bit keys and values
+SMALL_TILE_BYTES = 5_000  # 2-bit keys and values
+SHORT_SPLIT_TILES = 8  # a split of fewer tiles is mostly start and end
 DEFAULT_MULTIPROCESSORS = 132
 
 Form = Literal["int8", "fp16"]
@@ -83,7 +85,7 @@ class Schedule(NamedTuple):
         splits: Programs over the packed tokens of a row.
         exact_splits: Programs over its exact tokens.
         num_warps: Warps of a program.
-        num_stages: Depth of the load pipeline.
+        depth: Tiles a program loads ahead of the one it works on.
     """
 
     form: Form
@@ -92,7 +94,13 @@ class Schedule(NamedTuple):
     splits: int
     exact_splits: int
     num_warps: int
-    num_stages: int
+    depth: int
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of Triton's pipeline: a page's offset travels as far ahead of its codes as these
+        travel ahead of their use."""
+        return 2 * self.depth + 1
 
     def __str__(self) -> str:
         return f"{self.form}, {self.tile}-token tiles, {self.splits} splits"
@@ -157,28 +165,22 @@ def unsupported_heads(group_queries: int) -> str | None:
 
 def choose(shape: Shape, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> Schedule:
     """Choose how a shape runs."""
-    form = _form(shape)
-    tile = _tile(shape)
-    if shape.num_queries > 1:
-        columns = min(64, _power_of_two(shape.num_queries * shape.group_queries, least=16))
-        warps, stages, per_multiprocessor = 4, 2, 4
-    elif form == "int8":
-        columns = _power_of_two(shape.group_queries, least=4)
-        warps, stages, per_multiprocessor = 1, *_depth(shape, tile)
-    elif min(shape.key.bits, shape.value.bits) == 16:
-        columns = _power_of_two(shape.group_queries, least=8)
-        warps, stages, per_multiprocessor = 4, 4, 2
-    else:
-        columns = _power_of_two(shape.group_queries, least=8)
-        stages, least = _depth(shape, tile)
-        warps, per_multiprocessor = 1, max(least, 8)  # arithmetic needs more warps than latency does
+    form, tile = _form(shape), _tile(shape)
     tiles = max(1, -(-shape.num_tokens // tile))
+    columns = _columns(shape, form)
     column_tiles = -(-shape.num_queries * shape.group_queries // columns)
-    programs = multiprocessors * per_multiprocessor / (shape.rows * column_tiles)
-    splits = min(tiles, MAX_SPLITS, max(1, int(programs + 0.4)))
+    rows = shape.rows * column_tiles
     exact = -(-shape.exact_tokens // EXACT_TILE_TOKENS)
-    exact_splits = max(1, min(8, exact if shape.num_queries == 1 else -(-exact // 4)))
-    return Schedule(form, tile, columns, splits, exact_splits, warps, stages)
+    if shape.num_queries > 1:
+        warps, depth, programs = 4, 1, 4.0
+    elif min(shape.key.bits, shape.value.bits) == 16:
+        warps, depth, programs = 2, 2, 1.9
+    else:
+        warps, depth = 1, 2
+        programs = _programs_per_multiprocessor(shape, tile, tiles, rows, multiprocessors)
+    splits = int(programs * multiprocessors / rows)
+    splits = max(1, min(tiles, MAX_SPLITS, splits - (splits >= 8)))  # room for the exact tokens
+    return Schedule(form, tile, columns, splits, _exact_splits(exact, tiles, splits), warps, depth)
 
 
 def tiles_per_split(tiles: Sequence[int], splits: int) -> int:
@@ -202,12 +204,32 @@ def _tile(shape: Shape) -> int:
     return min(TILE_TOKENS, group) if group else TILE_TOKENS
 
 
-def _depth(shape: Shape, tile: int) -> tuple[int, int]:
-    """Stages of the load pipeline, and programs per multiprocessor."""
+def _columns(shape: Shape, form: Form) -> int:
+    if form == "int8":
+        return _power_of_two(shape.group_queries, least=4)
+    columns = shape.num_queries * shape.group_queries
+    return min(64, _power_of_two(columns, least=8 if shape.num_queries == 1 else 16))
+
+
+def _programs_per_multiprocessor(
+    shape: Shape, tile: int, tiles: int, rows: int, multiprocessors: int
+) -> float:
+    """One-warp programs: enough bytes in flight, and more warps where arithmetic is the limit."""
     tile_bytes = tile * (shape.key.token_bytes + shape.value.token_bytes)
-    stages = 3 if tile_bytes > 12_000 else 4
-    per_multiprocessor = round(BYTES_IN_FLIGHT / ((stages - 1) * tile_bytes))
-    return stages, max(2, min(16, per_multiprocessor))
+    if tile_bytes > LARGE_TILE_BYTES:
+        return 4
+    is_short = tiles * rows < 8 * SHORT_SPLIT_TILES * multiprocessors
+    return 4 if is_short and tile_bytes > SMALL_TILE_BYTES else 8
+
+
+def _exact_splits(exact: int, tiles: int, splits: int) -> int:
+    """One program takes all exact tokens of a row while others are busy for longer than it.
+
+    Programs are dealt to multiprocessors by number, whatever they have to do: many short ones among
+    the long ones leave some multiprocessors with nothing but short ones.
+    """
+    is_short = tiles <= 2 * splits
+    return max(1, min(5, exact)) if is_short else 1
 
 
 def _power_of_two(number: int, *, least: int) -> int:

@@ -13,7 +13,6 @@ import triton.language as tl
 from kvbits.attention.triton.kernels.layout import padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOOKAHEAD = tl.constexpr(3)  # tiles between reading a page's offset and using it
 NOTHING = tl.constexpr(-1e30)  # the log-sum-exp of no token; finite, so that differences are
 
 
@@ -57,33 +56,8 @@ def tiles_of_split(
 
 @triton.jit
 def page_offset(TABLE, width, tile, BN: tl.constexpr, PAGE: tl.constexpr):
-    """Offset in the pool of the page that holds a tile, in 16 bytes; any page beyond the last.
-
-    Loops read it LOOKAHEAD turns before they use it. Read in the turn that uses it, it would be a
-    stage of its own to Triton's pipeline and leave the codes fewer; read one turn ahead, it would
-    come late, for with memory busy a turn is shorter than the way there and back.
-    """
+    """Offset in the pool of the page that holds a tile, in 16 bytes; any page beyond the last."""
     return tl.load(TABLE + tl.minimum(tile * BN // PAGE, width - 1))
-
-
-@triton.jit
-def first_pages(TABLE, width, tile, step, BN: tl.constexpr, PAGE: tl.constexpr):
-    """Offsets of the pages of a split's first LOOKAHEAD tiles."""
-    pages = ()
-    for i in tl.static_range(LOOKAHEAD):
-        pages = pages + (page_offset(TABLE, width, tile + i * step, BN, PAGE),)
-    return pages
-
-
-@triton.jit
-def next_pages(pages, TABLE, width, tile, step, BN: tl.constexpr, PAGE: tl.constexpr):
-    """The same for the tile after ``tile``."""
-    # Triton does not pipeline a loop that hands a value on unchanged; it cannot see that this is 0.
-    nothing = width >> 30
-    shifted = ()
-    for i in tl.static_range(1, LOOKAHEAD):
-        shifted = shifted + (pages[i] + nothing,)
-    return shifted + (page_offset(TABLE, width, tile + LOOKAHEAD * step, BN, PAGE),)
 
 
 @triton.jit
@@ -152,7 +126,7 @@ def attend_exact(
     b_l = tl.zeros([HP], tl.float32)
     b_o = tl.zeros([DVP, HP], tl.float32)
     num_exact = S + tl.maximum(length - S - packed, 0)
-    for n in tl.range(first * ET, num_exact, step * ET, num_stages=1):
+    for n in tl.range(first * ET, num_exact, step * ET, num_stages=2):
         o_e = n + tl.arange(0, ET)
         position = o_e + tl.where(o_e >= S, packed, 0)
         m_e = position < length

@@ -108,6 +108,15 @@ def store_plane(
 
 
 @triton.jit
+def store_words(b_w, p_row, NB: tl.constexpr):
+    """Write the bytes of token rows, four a word ``[T, W]``."""
+    o_t = tl.arange(0, b_w.shape[0])[:, None]
+    o_w = tl.arange(0, b_w.shape[1])[None, :]
+    p_w = (p_row + o_t * NB).to(tl.pointer_type(tl.int32)) + o_w
+    tl.store(p_w, b_w ^ -0x7F7F7F80)  # 0x80808080
+
+
+@triton.jit
 def store_fields(
     b_c,
     p_head,
@@ -198,25 +207,24 @@ def encode_per_channel(
         b_x = tl.load(p_x[:, None] + o_d[None, :]).to(tl.float32)
         b_s, b_o, b_i = scale_and_offset(tl.min(b_x, 0), tl.max(b_x, 0), BITS)
         tl.store(p_pairs + o_d, paired(b_s, b_o))
-        b_c = codes_of(b_x, b_o[None, :], b_i[None, :], BITS)
+        # Four channels a word: what fields of one byte exchange between threads is a quarter.
+        b_c = tl.reshape(codes_of(b_x, b_o[None, :], b_i[None, :], BITS), [T, D // 4, 4])
+        b_c = tl.sum(b_c << (tl.arange(0, 4) * 8)[None, None, :], 2)
+        b_c = tl.reshape(b_c, [T, F, W // 4])
+        o_f = tl.arange(0, F)[None, :, None]
         if BITS == 3:
-            o_f = (o_d // W)[None, :]
             b_0 = tl.where(o_f == 0, b_c, tl.where(o_f == 1, b_c << 3, 0))
-            b_0 = tl.where(o_f == 6, (b_c & 3) << 6, b_0)
+            b_0 = tl.where(o_f == 6, (b_c & 0x03030303) << 6, b_0)
             b_2 = tl.where(o_f == 4, b_c, tl.where(o_f == 5, b_c << 3, 0))
-            b_2 = tl.where(o_f == 7, (b_c >> 1) << 6, b_2)
+            b_2 = tl.where(o_f == 7, ((b_c >> 1) & 0x03030303) << 6, b_2)
             b_1 = tl.where(o_f == 2, b_c, tl.where(o_f == 3, b_c << 3, 0))
-            b_1 = tl.where(o_f == 6, (b_c >> 2) << 6, tl.where(o_f == 7, (b_c & 1) << 7, b_1))
-            b_0 = tl.sum(tl.reshape(b_0, [T, F, W]), 1)
-            b_2 = tl.sum(tl.reshape(b_2, [T, F, W]), 1)
-            b_1 = tl.sum(tl.reshape(b_1, [T, F, W]), 1)
-            store_plane(b_0, 0, p_head, slot, m_t, is_full, W, NB, PAGE, True)
-            store_plane(b_2, W, p_head, slot, m_t, is_full, W, NB, PAGE, True)
-            store_plane(b_1, 2 * W, p_head, slot, m_t, is_full, W, NB, PAGE, True)
+            b_1 = tl.where(o_f == 6, ((b_c >> 2) & 0x01010101) << 6, b_1)
+            b_1 = tl.where(o_f == 7, (b_c & 0x01010101) << 7, b_1)
+            store_words(tl.sum(b_0, 1), p_head + slot * NB, NB)
+            store_words(tl.sum(b_2, 1), p_head + slot * NB + W, NB)
+            store_words(tl.sum(b_1, 1), p_head + slot * NB + 2 * W, NB)
         else:
-            b_c = b_c << ((o_d // W) * BITS)[None, :]
-            b_w = tl.sum(tl.reshape(b_c, [T, F, W]), 1)
-            store_plane(b_w, 0, p_head, slot, m_t, is_full, NB, NB, PAGE, True)
+            store_words(tl.sum(b_c << (o_f * BITS), 1), p_head + slot * NB, NB)
     else:
         o_w = tl.arange(0, padded(W, 1))
         m_w = o_w < W
@@ -320,12 +328,71 @@ def encode_prompt(
 
 
 @triton.jit
-def flag_nonfinite(p_x, o_d, m_d, LIMIT: tl.constexpr, p_flag):
-    """Set a flag if a state is NaN or larger in magnitude than ``LIMIT``."""
-    b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)
-    bad = tl.max(tl.where(tl.abs(b_x) <= LIMIT, 0, 1), 0)
+def append_side(
+    X,
+    POOL,
+    TABLE,
+    SINK,
+    RING,
+    FLAG,
+    own,
+    before,
+    packed,
+    sx_b,
+    sx_h,
+    table_stride,
+    i_b,
+    i_h,
+    i_hs,
+    i_row,
+    HS: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAGE: tl.constexpr,
+    S: tl.constexpr,
+    QUANTUM: tl.constexpr,
+    CAP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    IS_KEY: tl.constexpr,
+):
+    """Keep one side of the newest token of a row and head, and pack what it pushes out."""
+    o_d = tl.arange(0, padded(D, 1))
+    m_d = o_d < D
+    p_x = X + i_b.to(tl.int64) * sx_b + i_h * sx_h
+    b_x = tl.load(p_x + o_d, mask=m_d, other=0.0)
+    if packed > before:
+        o_t = tl.arange(0, QUANTUM)
+        position = S + before + o_t
+        page = tl.load(TABLE + i_b.to(tl.int64) * table_stride + before // PAGE)
+        p_t = p_x + tl.zeros([QUANTUM], tl.int32)  # the newest token is not in the ring yet
+        if CAP > 0:
+            p_t = tl.where(position == own, p_t, RING + (i_row * CAP + position % CAP) * D)
+        at = before // QUANTUM % (PAGE // QUANTUM) * QUANTUM if QUANTUM > 1 else before % PAGE
+        encode_tile(
+            p_t,
+            o_t < packed - before,
+            packed - before == QUANTUM,
+            POOL,
+            page,
+            at,
+            i_hs,
+            HS,
+            D,
+            BITS,
+            G,
+            GROUPS,
+            PAGE,
+            IS_KEY,
+        )
+    if CAP > 0:
+        tl.store(RING + (i_row * CAP + own % CAP) * D + o_d, b_x, mask=m_d & (own >= S))
+    if S > 0:
+        tl.store(SINK + (i_row * S + own) * D + o_d, b_x, mask=m_d & (own < S))
+    bad = tl.max(tl.where(tl.abs(b_x.to(tl.float32)) <= LIMIT, 0, 1), 0)  # NaN compares false
     if bad > 0:
-        tl.store(p_flag, 1)
+        tl.store(FLAG, 1)
 
 
 @triton.jit(do_not_specialize=["k_stride", "v_stride"])
@@ -368,62 +435,32 @@ def append_step(
     CAP: tl.constexpr,
     K_LIMIT: tl.constexpr,
     V_LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Keep the newest token of every row, and pack the QUANTUM tokens it pushes out, if any.
 
-    Grid (B * HS). The clock already counts the new token. Whether a flush is due follows from the
-    row's length, so one captured launch serves every step.
+    Grid (B * HS, 2): keys, values. The clock already counts the new token. Whether a flush is due
+    follows from the row's length, so one captured launch serves every step.
     """
     i_b = tl.program_id(0) // HS
     i_hs = tl.program_id(0) % HS
     i_h = i_hs
     if HAS_HEADS:
         i_h = tl.load(HEADS + i_hs)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    i_row = (i_b * H + i_h).to(tl.int64)
     length, packed = row_lengths(CLOCK, PADDING, FLOOR, i_b, S, R, QUANTUM, False)
     own = length - 1
-    if own < 0:
-        return  # a row that has had nothing but padding
     leaving = tl.maximum(own - S - R, 0)
     before = tl.maximum(tl.load(FLOOR + i_b), leaving - leaving % QUANTUM)
-    i_row = (i_b * H + i_h).to(tl.int64)
-    o_dk = tl.arange(0, padded(DK, 1))
-    o_dv = tl.arange(0, padded(DV, 1))
-    p_k = K + i_b.to(tl.int64) * sk_b + i_h * sk_h
-    p_v = V + i_b.to(tl.int64) * sv_b + i_h * sv_h
-    flag_nonfinite(p_k, o_dk, o_dk < DK, K_LIMIT, FLAGS)
-    flag_nonfinite(p_v, o_dv, o_dv < DV, V_LIMIT, FLAGS + 1)
-    if packed > before:
-        o_t = tl.arange(0, QUANTUM)
-        position = S + before + o_t
-        page_k = tl.load(K_TABLE + i_b.to(tl.int64) * k_stride + before // PAGE)
-        page_v = tl.load(V_TABLE + i_b.to(tl.int64) * v_stride + before // PAGE)
-        # the token of this step is not in the ring yet
-        p_xk = p_k + tl.zeros([QUANTUM], tl.int32)
-        p_xv = p_v + tl.zeros([QUANTUM], tl.int32)
-        if CAP > 0:
-            slot = (i_row * CAP + position % CAP).to(tl.int64)
-            p_xk = tl.where(position == own, p_xk, RING_K + slot * DK)
-            p_xv = tl.where(position == own, p_xv, RING_V + slot * DV)
-        m_t = o_t < packed - before
-        is_full = packed - before == QUANTUM
-        at = before // QUANTUM % (PAGE // QUANTUM) * QUANTUM if QUANTUM > 1 else before % PAGE
-        encode_tile(
-            p_xk, m_t, is_full, K_POOL, page_k, at, i_hs, HS, DK, KB, G, KG, PAGE, True
-        )
-        encode_tile(
-            p_xv, m_t, is_full, V_POOL, page_v, at, i_hs, HS, DV, VB, 0, VG, PAGE, False
-        )
-    m_k = o_dk < DK
-    m_v = o_dv < DV
-    b_k = tl.load(p_k + o_dk, mask=m_k)
-    b_v = tl.load(p_v + o_dv, mask=m_v)
-    if CAP > 0:
-        slot = i_row * CAP + own % CAP
-        tl.store(RING_K + slot * DK + o_dk, b_k, mask=m_k & (own >= S))
-        tl.store(RING_V + slot * DV + o_dv, b_v, mask=m_v & (own >= S))
-    if S > 0:
-        tl.store(SINK_K + (i_row * S + own) * DK + o_dk, b_k, mask=m_k & (own < S))
-        tl.store(SINK_V + (i_row * S + own) * DV + o_dv, b_v, mask=m_v & (own < S))
+    if own >= 0:  # else the row has had nothing but padding
+        if tl.program_id(1) == 0:
+            append_side(
+                K, K_POOL, K_TABLE, SINK_K, RING_K, FLAGS, own, before, packed, sk_b, sk_h,
+                k_stride, i_b, i_h, i_hs, i_row, HS, DK, KB, G, KG, PAGE, S, QUANTUM, CAP,
+                K_LIMIT, True,
+            )  # fmt: skip
+        else:
+            append_side(
+                V, V_POOL, V_TABLE, SINK_V, RING_V, FLAGS + 1, own, before, packed, sv_b, sv_h,
+                v_stride, i_b, i_h, i_hs, i_row, HS, DV, VB, 0, VG, PAGE, S, QUANTUM, CAP,
+                V_LIMIT, False,
+            )  # fmt: skip

@@ -19,8 +19,7 @@ from kvbits.attention.triton.kernels.common import (
     NOTHING,
     attend_exact,
     dot_states,
-    first_pages,
-    next_pages,
+    page_offset,
     row_lengths,
     soft_capped,
     store_partial,
@@ -150,15 +149,15 @@ def attend_fp16(
     COMPILED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attend NQ queries of every row to a share of its tokens; grid (B * HS, splits, column tiles).
+    """Attend NQ queries of every row to a share of its tokens; grid (splits, B * HS, column tiles).
 
     The first splits take packed tiles, the last the exact tokens: a ring of CAP slots, or,
     where CAP is 0, ``tail_columns`` columns that end with the newest token. Column c is query
     c // GQ of head c % GQ. A side of 16 bits holds states of the query's own dtype.
     """
-    i_s = tl.program_id(1)  # the slow index: exact tokens come last and fill up the machine
-    i_b = tl.program_id(0) // HS
-    i_hs = tl.program_id(0) % HS  # head in the store; i_h is the same head in the layer
+    i_s = tl.program_id(0)
+    i_b = tl.program_id(1) // HS
+    i_hs = tl.program_id(1) % HS  # head in the store; i_h is the same head in the layer
     i_c = tl.program_id(2)
     i_h = i_hs
     if HAS_HEADS:
@@ -261,17 +260,15 @@ def attend_fp16(
     )
     K_TABLE += i_b.to(tl.int64) * k_stride
     V_TABLE += i_b.to(tl.int64) * v_stride
-    k_pages = first_pages(K_TABLE, k_stride, begin, step, BN, PAGE)
-    v_pages = first_pages(V_TABLE, v_stride, begin, step, BN, PAGE)
     for t in range(begin, num_tiles, step):
         n = t * BN
+        k_page = page_offset(K_TABLE, k_stride, t, BN, PAGE)
+        v_page = page_offset(V_TABLE, v_stride, t, BN, PAGE)
         at = t % (PAGE // BN) * BN
-        p_k = K_POOL + k_pages[0] * 16 + (i_hs * PAGE + at) * KR
-        p_v = V_POOL + v_pages[0] * 16 + i_hs * (PAGE * VR)
-        p_ks = (K_POOL + k_pages[0] * 16 + HS * PAGE * KR).to(tl.pointer_type(tl.int32))
-        p_vs = (V_POOL + v_pages[0] * 16 + HS * PAGE * VR).to(tl.pointer_type(tl.int32))
-        k_pages = next_pages(k_pages, K_TABLE, k_stride, t, step, BN, PAGE)
-        v_pages = next_pages(v_pages, V_TABLE, v_stride, t, step, BN, PAGE)
+        p_k = K_POOL + k_page * 16 + (i_hs * PAGE + at) * KR
+        p_v = V_POOL + v_page * 16 + i_hs * (PAGE * VR)
+        p_ks = (K_POOL + k_page * 16 + HS * PAGE * KR).to(tl.pointer_type(tl.int32))
+        p_vs = (V_POOL + v_page * 16 + HS * PAGE * VR).to(tl.pointer_type(tl.int32))
         if KB == 16:
             p_kw = p_k.to(tl.pointer_type(DTYPE)) + o_n[:, None] * DK + o_k[None, :]
             if KW == DK:

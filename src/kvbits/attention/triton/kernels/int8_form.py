@@ -23,8 +23,7 @@ import triton.language as tl
 from kvbits.attention.triton.kernels.common import (
     NOTHING,
     attend_exact,
-    first_pages,
-    next_pages,
+    page_offset,
     row_lengths,
     soft_capped,
     store_partial,
@@ -39,6 +38,7 @@ from kvbits.attention.triton.kernels.layout import (
     high_half,
     length_of,
     low_half,
+    num_segments,
     padded,
     prefix_mask,
     row_bytes,
@@ -66,30 +66,9 @@ def as_int8(mask: Any) -> Any:
 
 
 @triton.constexpr_function
-def key_operands(bits: Any, head_dim: Any) -> Any:
-    """(first byte read, first byte that counts, prefix) of every operand of a key row.
-
-    A 3-bit row of 48 bytes is read as bytes 0..31 and 16..47, two whole steps of the matrix unit;
-    the coefficients of bytes that come twice are zero. Bits 6 and 7 of the first two planes belong
-    to one channel, so one prefix takes both.
-    """
-    if bits == 3 and head_dim == 128:
-        return ((0, 0, 0), (0, 0, 1), (0, 0, 3), (16, 32, 0), (16, 32, 1), (16, 32, 2), (16, 32, 3))
-    return tuple((0, 0, k) for k in range(4 if bits == 3 else 8 // bits))
-
-
-@triton.constexpr_function
 def key_width(bits: Any, head_dim: Any) -> Any:
-    """Bytes of one load of a key row, padded to what a step of the matrix unit takes."""
-    return 32 if bits == 3 and head_dim == 128 else padded(row_bytes(bits, head_dim), 32)
-
-
-@triton.constexpr_function
-def next_prefix(operands: Any, index: Any) -> Any:
-    """The prefix after ``index`` in the same load, or None."""
-    if index + 1 < len(operands) and operands[index + 1][0] == operands[index][0]:
-        return operands[index + 1][2]
-    return None
+    """Bytes of a key row, padded to what a step of the matrix unit takes."""
+    return padded(row_bytes(bits, head_dim), 32)
 
 
 @triton.constexpr_function
@@ -132,9 +111,9 @@ def by_eight(b_x, ROWS: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def segment_query(p_q, o_b, m_g, FIRST, SEGMENT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """w of one segment for the bytes ``o_b`` of a row, from ``FIRST`` on: ``[KW, GP]``."""
-    m_b = (o_b >= FIRST) & (o_b < row_bytes(BITS, D))
+def segment_query(p_q, o_b, m_g, SEGMENT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """w of one segment for the bytes ``o_b`` of a row: ``[KW, GP]``."""
+    m_b = o_b < row_bytes(BITS, D)
     o_ok = tl.where(m_b, o_b, 0)
     weight = tl.where(m_b, segment_weight(o_ok, SEGMENT, BITS, D), 0.0)
     channel = segment_channel(o_ok, SEGMENT, BITS, D)
@@ -144,13 +123,11 @@ def segment_query(p_q, o_b, m_g, FIRST, SEGMENT: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def channel_scaled(b_w, p_pairs, o_kb, KB: tl.constexpr, D: tl.constexpr):
-    """w of every operand times the scales of its channels, which are one group's pairs."""
-    OPERANDS: tl.constexpr = key_operands(KB, D)
+    """w of every segment times the scales of its channels, which are one group's pairs."""
+    o_ok = tl.where(o_kb < row_bytes(KB, D), o_kb, 0)
     b_scaled = ()
-    for k in tl.static_range(length_of(OPERANDS)):
-        o_b = OPERANDS[k][0] + o_kb
-        o_ok = tl.where(o_b < row_bytes(KB, D), o_b, 0)
-        b_s = low_half(tl.load(p_pairs + segment_channel(o_ok, OPERANDS[k][2], KB, D)))
+    for k in tl.static_range(num_segments(KB)):
+        b_s = low_half(tl.load(p_pairs + segment_channel(o_ok, k, KB, D)))
         b_scaled = b_scaled + (b_w[k] * b_s[:, None],)
     return b_scaled
 
@@ -162,26 +139,25 @@ def coefficients(b_w, b_bias, scale, KB: tl.constexpr, D: tl.constexpr, GP: tl.c
     Returns the operands, the scale of the fine ones, of the coarse ones, and the constant term, to
     which ``b_bias`` is added; all but the operands times ``scale``.
     """
-    OPERANDS: tl.constexpr = key_operands(KB, D)
-    N: tl.constexpr = length_of(OPERANDS)
+    N: tl.constexpr = num_segments(KB)
     KW: tl.constexpr = key_width(KB, D)
     b_fine = tl.full([GP], TINY, tl.float32)
     b_coarse = tl.full([GP], TINY, tl.float32)
     b_a = ()
     for k in tl.static_range(N):
-        if next_prefix(OPERANDS, k) is None:
+        if k == N - 1:
             b_bias += 128 * tl.sum(b_w[k], 0)
             b_c = b_w[k]
         else:
             b_c = b_w[k] - b_w[k + 1]
-        if is_fine(KB, OPERANDS[k][2]):
+        if is_fine(KB, k):
             b_fine = tl.maximum(b_fine, tl.max(tl.abs(b_c), 0))
         else:
             b_coarse = tl.maximum(b_coarse, tl.max(tl.abs(b_c), 0))
         b_a = b_a + (b_c,)
     b_ops = ()
     for k in tl.static_range(N):
-        if is_fine(KB, OPERANDS[k][2]):
+        if is_fine(KB, k):
             b_inverse = FIXED / b_fine
         else:
             b_inverse = FIXED / b_coarse
@@ -206,7 +182,7 @@ def prepare_queries(
 ):
     """Coefficients of the queries of one key/value head, for per-token keys; grid (B * H).
 
-    QA: int8 ``[B * H, operands, 2 * GP, KW]``. QC: float32 ``[B * H, 4, GP]``: scale of the fine
+    QA: int8 ``[B * H, segments, 2 * GP, KW]``. QC: float32 ``[B * H, 4, GP]``: scale of the fine
     and of the coarse operands, constant term, sum of the query, all times ``scale``. Read back from
     memory, operands have the order the matrix unit wants; computed where they are used, they cost
     the main loop a fifth more instructions.
@@ -214,9 +190,7 @@ def prepare_queries(
     i_bh = tl.program_id(0).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    OPERANDS: tl.constexpr = key_operands(KB, D)
-    N: tl.constexpr = length_of(OPERANDS)
+    N: tl.constexpr = num_segments(KB)
     KW: tl.constexpr = key_width(KB, D)
     o_w = tl.arange(0, KW)
     o_g = tl.arange(0, GP)
@@ -227,13 +201,14 @@ def prepare_queries(
     b_q = tl.load(p_q[None, :] + o_d[:, None], mask=m_q, other=0.0).to(tl.float32)
     b_w = ()
     for k in tl.static_range(N):
-        o_b = OPERANDS[k][0] + o_w
-        b_w = b_w + (segment_query(p_q, o_b, m_g, OPERANDS[k][1], OPERANDS[k][2], KB, D),)
+        b_w = b_w + (segment_query(p_q, o_w, m_g, k, KB, D),)
     b_zero = tl.zeros([GP], tl.float32)
     b_ops, b_fine, b_coarse, b_bias = coefficients(b_w, b_zero, scale, KB, D, GP)
     p_a = QA + (i_bh * N * 2 * GP + tl.arange(0, 2 * GP)[None, :]) * KW + o_w[:, None]
     for k in tl.static_range(N):
         tl.store(p_a + k * 2 * GP * KW, b_ops[k])
+    if PDL:  # late: programs of the next launch that arrive early are spread unevenly
+        tl.extra.cuda.gdc_launch_dependents()
     p_c = QC + i_bh * 4 * GP + o_g
     tl.store(p_c, b_fine)
     tl.store(p_c + GP, b_coarse)
@@ -292,14 +267,14 @@ def attend_int8(
     COMPILED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attend one query of every row to a share of its tokens; grid (B * HS, splits).
+    """Attend one query of every row to a share of its tokens; grid (splits, B * HS).
 
     The first splits take packed tiles, the last the exact tokens. G: tokens of a per-channel
     key group, 0 for per-token keys. VG: scale groups of a value.
     """
-    i_s = tl.program_id(1)  # the slow index: exact tokens come last and fill up the machine
-    i_b = tl.program_id(0) // HS
-    i_hs = tl.program_id(0) % HS  # head in the store; i_h is the same head in the layer
+    i_s = tl.program_id(0)
+    i_b = tl.program_id(1) // HS
+    i_hs = tl.program_id(1) % HS  # head in the store; i_h is the same head in the layer
     i_h = i_hs
     if HAS_HEADS:
         i_h = tl.load(HEADS + i_hs)
@@ -348,8 +323,7 @@ def attend_int8(
     KR: tl.constexpr = row_bytes(KB, DK)
     VR: tl.constexpr = row_bytes(VB, DV)
     KW: tl.constexpr = key_width(KB, DK)
-    OPERANDS: tl.constexpr = key_operands(KB, DK)
-    N: tl.constexpr = length_of(OPERANDS)
+    N: tl.constexpr = num_segments(KB)
     PLANES: tl.constexpr = value_planes(VB, VG)
     VROWS: tl.constexpr = VR // PLANES
     VW: tl.constexpr = padded(VROWS, 16)
@@ -367,8 +341,6 @@ def attend_int8(
     )
     K_TABLE += i_b.to(tl.int64) * k_stride
     V_TABLE += i_b.to(tl.int64) * v_stride
-    k_pages = first_pages(K_TABLE, k_stride, begin, step, BN, PAGE)
-    v_pages = first_pages(V_TABLE, v_stride, begin, step, BN, PAGE)
     if PDL:  # for what the launch before this one wrote; lengths and tables are older
         tl.extra.cuda.gdc_wait()
     b_qa = ()
@@ -388,8 +360,7 @@ def attend_int8(
         b_q = tl.load(p_q[None, :] + o_d[:, None], mask=m_q, other=0.0).to(tl.float32)
         b_w_q = ()
         for k in tl.static_range(N):
-            o_b = OPERANDS[k][0] + o_kb
-            b_w_q = b_w_q + (segment_query(p_q, o_b, m_g, OPERANDS[k][1], OPERANDS[k][2], KB, DK),)
+            b_w_q = b_w_q + (segment_query(p_q, o_kb, m_g, k, KB, DK),)
 
     b_acc = ()
     for k in tl.static_range(NF):
@@ -404,13 +375,13 @@ def attend_int8(
 
     for t in range(begin, num_tiles, step):
         n = t * BN
+        k_page = page_offset(K_TABLE, k_stride, t, BN, PAGE)
+        v_page = page_offset(V_TABLE, v_stride, t, BN, PAGE)
         at = t % (PAGE // BN) * BN
-        p_k = K_POOL + k_pages[0] * 16 + (i_hs * PAGE + at) * KR
-        p_v = V_POOL + v_pages[0] * 16 + i_hs * (PAGE * VR) + at
-        p_ks = (K_POOL + k_pages[0] * 16 + HS * PAGE * KR).to(tl.pointer_type(tl.int32))
-        p_vs = (V_POOL + v_pages[0] * 16 + HS * PAGE * VR).to(tl.pointer_type(tl.int32))
-        k_pages = next_pages(k_pages, K_TABLE, k_stride, t, step, BN, PAGE)
-        v_pages = next_pages(v_pages, V_TABLE, v_stride, t, step, BN, PAGE)
+        p_k = K_POOL + k_page * 16 + (i_hs * PAGE + at) * KR
+        p_v = V_POOL + v_page * 16 + i_hs * (PAGE * VR) + at
+        p_ks = (K_POOL + k_page * 16 + HS * PAGE * KR).to(tl.pointer_type(tl.int32))
+        p_vs = (V_POOL + v_page * 16 + HS * PAGE * VR).to(tl.pointer_type(tl.int32))
         if G > 0:
             p_group = p_ks + i_hs * KEY_PAIRS + at // G * DK
             b_pairs = tl.load(p_group + o_d, mask=o_d < DK, other=0)
@@ -426,16 +397,14 @@ def attend_int8(
             b_ops, b_fine_t, b_coarse_t, b_bias_t = b_qa, b_fine, b_coarse, b_bias
         b_low = tl.zeros([BN, 2 * GP], tl.int32)
         b_high = tl.zeros([BN, 2 * GP], tl.int32)
+        p_kw = p_k + o_n[:, None] * KR + o_kb[None, :]
+        if KW == KR:
+            b_kw = tl.load(p_kw)
+        else:
+            b_kw = tl.load(p_kw, mask=(o_kb < KR)[None, :], other=0)
         for k in tl.static_range(N):
-            if k == 0 or OPERANDS[k][0] != OPERANDS[k - 1][0]:
-                o_row = OPERANDS[k][0] + o_kb
-                p_kw = p_k + o_n[:, None] * KR + o_row[None, :]
-                if OPERANDS[k][0] + KW <= KR:
-                    b_kw = tl.load(p_kw)
-                else:
-                    b_kw = tl.load(p_kw, mask=(o_row < KR)[None, :], other=0)
-            b_op = masked_bytes(b_kw, prefix_mask(KB, OPERANDS[k][2]), COMPILED)
-            if is_fine(KB, OPERANDS[k][2]):
+            b_op = masked_bytes(b_kw, prefix_mask(KB, k), COMPILED)
+            if is_fine(KB, k):
                 b_low = tl.dot(b_op, b_ops[k], b_low, out_dtype=tl.int32)
             else:
                 b_high = tl.dot(b_op, b_ops[k], b_high, out_dtype=tl.int32)

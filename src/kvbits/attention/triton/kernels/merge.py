@@ -41,17 +41,16 @@ def merge_splits(
         tl.extra.cuda.gdc_wait()
     p_m = PM + (row + o_s) * (NQ * GQ) + column
     b_m = tl.load(p_m, mask=o_s < num_splits, other=NOTHING)
+    p_o = PO + ((row + o_s) * (NQ * GQ) + column)[:, None] * D + o_d[None, :]
+    # [NSP, DB]; every split wrote its part, those without tokens zeros
+    b_o = tl.load(p_o, mask=(o_s < num_splits)[:, None] & (o_d < D)[None, :], other=0.0)
     top = tl.max(b_m, 0)
     if HAS_SINK:
         sink = tl.load(SINK_LOGITS + i_hq).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
-    m_s = b_m > NOTHING / 2
-    b_w = tl.where(m_s, tl.math.exp2(b_m - top), 0.0)
+    b_w = tl.where(b_m > NOTHING / 2, tl.math.exp2(b_m - top), 0.0)
     total = tl.sum(b_w, 0)
     if HAS_SINK:
         total += tl.math.exp2(sink - top)
-    p_o = PO + ((row + o_s) * (NQ * GQ) + column)[:, None] * D + o_d[None, :]
-    # [NSP, DB]
-    b_o = tl.load(p_o, mask=m_s[:, None] & (o_d < D)[None, :], other=0.0)
     b_o = tl.sum(b_o * b_w[:, None], 0) / tl.maximum(total, 1e-30)
     tl.store(OUT + i_o.to(tl.int64) * D + o_d, b_o.to(OUT.dtype.element_ty), mask=o_d < D)
