@@ -30,10 +30,12 @@ RANKS = {
     "cache": 6,
     "plan": 7,
     "evaluation": 8,
+    "generation": 9,
     "tuning": 9,
     "report": 9,
-    "cli": 10,
-    "testing": 11,  # shipped helpers for tests: may import anything, nothing imports them
+    "bench": 10,
+    "cli": 11,
+    "testing": 12,  # shipped helpers for tests: may import anything, nothing imports them
 }
 # The door and the version are not part of the order: everything may read them.
 OUTSIDE_THE_ORDER = {"__init__", "_version"}
@@ -46,6 +48,7 @@ MAY_IMPORT_TRANSFORMERS = (
     "attention/hf.py",
     "evaluation/",
     "tuning/",
+    "bench/",
     "cli/",
     "testing/",
 )

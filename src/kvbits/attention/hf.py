@@ -17,12 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvbits.attention.reference import attend
+from kvbits.attention.api import attend
 from kvbits.attention.states import LayerStates, SideStates, StatesHandle
 from kvbits.errors import UnsupportedModelError
 
 ATTENTION_NAME = "kvbits"
 _FORMER = "_kvbits_former_attention"
+_PLAIN = "_kvbits_is_plain"  # marks a mask that holds nothing but causality, window and padding
 
 
 def packed_attention(
@@ -35,6 +36,7 @@ def packed_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend to packed states; dense keys and values go to transformers' SDPA unchanged.
@@ -49,11 +51,13 @@ def packed_attention(
         scaling: Factor on the scores; default ``D ** -0.5``.
         softcap: Cap on the scores (Gemma 2).
         s_aux: Sink logits ``[H_q]`` (GPT-OSS).
+        sliding_window: Newest tokens a query sees, as the mask says too.
 
     Returns:
         ``[B, Q, H_q, D_v]`` and None, as transformers expects.
     """
     is_packed = isinstance(key, StatesHandle)
+    is_plain = getattr(attention_mask, _PLAIN, False)
     if not is_packed and softcap is None and s_aux is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -65,10 +69,52 @@ def packed_attention(
             f"{name} must be unset with kvbits attention, got {dropout or 'a tensor'}; "
             "call kvbits.disable(model) to use the model's own attention"
         )
-    states = key.states if isinstance(key, StatesHandle) else dense_states(key, value, query)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = attend(query, states, attention_mask, scale, softcap=softcap, sink_logits=s_aux)
-    return output.transpose(1, 2).contiguous(), None
+    states = key.source if isinstance(key, StatesHandle) else dense_states(key, value, query)
+    output = attend(
+        query,
+        states,
+        attention_mask,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        is_plain=is_plain,
+        softcap=softcap,
+        window=sliding_window,
+        sink_logits=s_aux,
+    )
+    return output, None
+
+
+def packed_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Make transformers' SDPA mask, and mark it where kernels need not read it.
+
+    transformers forbids skipping a mask exactly when a model composed it with something of its own;
+    a mask it may skip is causal, within the window or chunk, with the padding of the 2-D mask. All
+    but chunks a packed cache knows. A lone query without padding sees everything it caches.
+    """
+    is_plain = allow_is_causal_skip and not getattr(config, "attention_chunk_size", None)
+    if is_plain and q_length == 1 and attention_mask is None:
+        return None
+    mask = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        config=config,
+        **kwargs,
+    )
+    if mask is not None and is_plain:
+        setattr(mask, _PLAIN, True)
+    return mask
 
 
 def dense_states(key: Tensor, value: Tensor, query: Tensor) -> LayerStates:
@@ -95,7 +141,7 @@ class enable:
 
     def __init__(self, model: Any) -> None:
         AttentionInterface.register(ATTENTION_NAME, packed_attention)
-        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+        AttentionMaskInterface.register(ATTENTION_NAME, packed_mask)
         self._model = model
         self._was_enabled = is_enabled(model)
         if not self._was_enabled:

@@ -58,12 +58,19 @@ class LayerStates:
         value: Value side.
         num_tokens: Tokens in the cache, padding included, queries included.
         padding: Left padding of every row, in tokens.
+        impl: Which attention may run: ``reference``, ``triton`` or ``auto``.
     """
 
     key: SideStates
     value: SideStates
     num_tokens: int
     padding: Sequence[int]
+    impl: str = "reference"
+
+    @property
+    def num_heads(self) -> int:
+        """Key/value heads."""
+        return int(self.key.tail.shape[1])
 
     @property
     def num_queries(self) -> int:
@@ -195,6 +202,28 @@ class KernelStates:
         return int(self.sinks[0].shape[2] + self.tails[0].shape[2])
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepStates:
+    """All states of one layer after a step that only kernels saw.
+
+    Attributes:
+        kernel: The states as kernels take them.
+        num_tokens: Tokens in the cache, padding and the query included.
+        impl: Which attention may run.
+        resolve: Makes the view that everything but a kernel needs.
+    """
+
+    kernel: KernelStates
+    num_tokens: int
+    impl: str
+    resolve: Callable[[], LayerStates]
+
+    @property
+    def num_heads(self) -> int:
+        """Key/value heads."""
+        return self.kernel.num_heads
+
+
 def take_columns(states: Tensor, column: Tensor) -> Tensor:
     """``[B, H, W, D]`` and columns ``[B, T]`` to ``[B, H, T, D]``; zero outside 0 to W - 1."""
     width = states.shape[-2]
@@ -208,25 +237,33 @@ def take_columns(states: Tensor, column: Tensor) -> Tensor:
 class StatesHandle(torch.Tensor):
     """A tensor without storage that stands for the keys or values of a layer.
 
-    The registered attention function takes ``states`` from it; any other operation materialises
+    The registered attention function takes ``source`` from it; any other operation materialises
     the dense tensor, so that models which post-process their keys still work.
     """
 
-    states: LayerStates
+    source: LayerStates | StepStates
     side: Side
 
     @staticmethod
-    def __new__(cls, states: LayerStates, side: Side, dtype: torch.dtype) -> StatesHandle:
-        tail = states.side(side).tail
-        shape = (tail.shape[0], tail.shape[1], states.num_tokens, tail.shape[-1])
+    def __new__(
+        cls, source: LayerStates | StepStates, side: Side, dtype: torch.dtype
+    ) -> StatesHandle:
+        tail = _tail(source, side)
+        shape = (tail.shape[0], tail.shape[1], source.num_tokens, tail.shape[-1])
         handle: StatesHandle = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=tail.device
         )
-        handle.states, handle.side = states, side
+        handle.source, handle.side = source, side
         return handle
 
-    def __init__(self, states: LayerStates, side: Side, dtype: torch.dtype) -> None:
+    def __init__(self, source: LayerStates | StepStates, side: Side, dtype: torch.dtype) -> None:
         pass
+
+    @property
+    def states(self) -> LayerStates:
+        """The states it stands for."""
+        source = self.source
+        return source.resolve() if isinstance(source, StepStates) else source
 
     def dense(self) -> Tensor:
         """The dense tensor ``[B, H_kv, T, D]``."""
@@ -247,3 +284,9 @@ class StatesHandle(torch.Tensor):
             return x.dense() if isinstance(x, StatesHandle) else x
 
         return func(*tree_map(materialise, args), **tree_map(materialise, kwargs or {}))
+
+
+def _tail(source: LayerStates | StepStates, side: Side) -> Tensor:
+    if isinstance(source, StepStates):
+        return source.kernel.tails[0 if side == "key" else 1]
+    return source.side(side).tail

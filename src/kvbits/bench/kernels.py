@@ -95,9 +95,7 @@ def row_lengths(cell: Cell) -> list[int]:
     """Tokens of every row: evenly spread from the shortest to the longest."""
     shortest = int(cell.context * cell.shortest)
     spread = max(1, cell.batch - 1)
-    return [
-        cell.context - (cell.context - shortest) * row // spread for row in range(cell.batch)
-    ]
+    return [cell.context - (cell.context - shortest) * row // spread for row in range(cell.batch)]
 
 
 def random_states(cell: Cell, *, device: str = "cuda", seed: int = 0) -> KernelStates:
@@ -106,16 +104,16 @@ def random_states(cell: Cell, *, device: str = "cuda", seed: int = 0) -> KernelS
     lengths = row_lengths(cell)
     exact = cell.num_queries if cell.num_queries > 1 else 0
     packed = [int(plan.packed_lengths(_array(length - exact))[0][0]) for length in lengths]
-    stores = [
-        _random_store(cell, side, packed, generator, torch.device(device)) for side in SIDES
-    ]
+    stores = [_random_store(cell, side, packed, generator, torch.device(device)) for side in SIDES]
 
     def states(width: int) -> Tensor:
         shape = (cell.batch, cell.num_heads, width, cell.head_dim)
         return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
-    width = plan.exact_capacity if not exact else max(
-        length - count for length, count in zip(lengths, packed, strict=True)
+    width = (
+        plan.exact_capacity
+        if not exact
+        else max(length - count for length, count in zip(lengths, packed, strict=True))
     )
     padding = [cell.context - length for length in lengths]
     clock, padding_t, floor = (
@@ -165,7 +163,9 @@ def _random_store(
         device=device,
         page_tokens=cell.plan.page_tokens,
     )
-    store.reserve(max(packed), order=torch.Generator().manual_seed(1) if cell.is_shuffled else None)
+    store.reserve(
+        max(packed), order=torch.Generator().manual_seed(1) if cell.is_shuffled else None
+    )
     store.lengths = list(packed)
     planes = store.planes
     if codec.is_exact:

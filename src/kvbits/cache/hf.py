@@ -13,11 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
+from kvbits.attention.api import Impl
 from kvbits.attention.states import StatesHandle
 from kvbits.cache.layer import PackedLayer
-from kvbits.errors import PlanError
+from kvbits.cache.stepping import Clocks
+from kvbits.errors import PlanError, UnsupportedModelError
 from kvbits.layer_plan import LayerPlan
 
 _HOOK = "_kvbits_padding_hook"
@@ -48,7 +55,7 @@ class PackedCacheLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         is_first = self.packed.num_tokens == 0
         states = self.packed.update(key_states, value_states)
-        if is_first and states.num_queries > 1 and not self.packed.quantize_prefill:
+        if is_first and key_states.shape[-2] > 1 and not self.packed.quantize_prefill:
             return key_states, value_states
         return (
             StatesHandle(states, "key", key_states.dtype),
@@ -64,10 +71,7 @@ class PackedCacheLayer(DynamicLayer):  # type: ignore[misc]
     get_max_cache_shape = get_max_length  # its name before transformers 5.22
 
     def reset(self) -> None:
-        former = self.packed
-        self.packed = PackedLayer(
-            former.plan, layer_idx=former.layer_idx, quantize_prefill=former.quantize_prefill
-        )
+        self.packed = self.packed.renewed()
         self.keys = self.values = None  # type: ignore[assignment]  # as the stock layer does
         self.is_initialized = False
 
@@ -121,10 +125,15 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         config: The model's config; decides which layers may be packed.
         quantize_prefill: See ``PackedLayer``.
         offloading: Keep layers in CPU memory while they are not used (CUDA only).
+        impl: See ``PackedLayer``.
+        max_tokens: Reserve room for this many tokens a row, padding included. Every layer then
+            lies in pages, exact ones too, and a step allocates nothing; sliding layers keep all
+            tokens.
 
     Raises:
         PlanError: If the number of layers differs, or a layer that is not full attention would be
             packed.
+        UnsupportedModelError: If room cannot be reserved for a layer of the model.
     """
 
     def __init__(
@@ -134,6 +143,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         *,
         quantize_prefill: bool = False,
         offloading: bool = False,
+        impl: Impl = "auto",
+        max_tokens: int | None = None,
     ) -> None:
         layers = DynamicCache(config=config).layers
         if len(plans) != len(layers):
@@ -141,19 +152,24 @@ class QuantizedCache(Cache):  # type: ignore[misc]
                 f"plan must have one entry for each of the model's {len(layers)} layers, "
                 f"got {len(plans)}; rebuild the plan for this model"
             )
+        clocks = Clocks()
         for index, plan in enumerate(plans):
-            if plan.is_exact:
+            if plan.is_exact and max_tokens is None:
                 continue
-            if type(layers[index]) is not DynamicLayer:
-                raise PlanError(
-                    f"layer {index} must be full attention to be packed, got "
-                    f"{type(layers[index]).__name__}; give it 16 bits in the plan"
-                )
-            packed = PackedLayer(plan, layer_idx=index, quantize_prefill=quantize_prefill)
+            _check_layer(index, layers[index], plan)
+            packed = PackedLayer(
+                plan,
+                layer_idx=index,
+                quantize_prefill=quantize_prefill,
+                impl=impl,
+                max_tokens=max_tokens,
+                clocks=clocks,
+            )
             layers[index] = PackedCacheLayer(packed)
         super().__init__(layers=layers, offloading=offloading)
         self.plans = tuple(plans)
         self.quantize_prefill = quantize_prefill
+        self.max_tokens = max_tokens
 
     @property
     def packed_layers(self) -> dict[int, PackedLayer]:
@@ -180,6 +196,25 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         """Tokens, over layers and sides, that crops returned from blocks to the residual."""
         return sum(layer.num_reencoded_tokens for layer in self.packed_layers.values())
 
+    @property
+    def runs_on_kernels(self) -> bool:
+        """Whether every layer that has states appends and attends by kernels alone."""
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        return bool(layers) and all(
+            isinstance(layer, PackedCacheLayer) and layer.packed.impl != "reference"
+            for layer in layers
+        )
+
+    def count_replayed_step(self) -> None:
+        """Count a decode step that a captured graph replays."""
+        for layer in self.packed_layers.values():
+            layer.count_replayed_step()
+
+    def expect_tokens(self, num_tokens: int) -> None:
+        """Launch the next steps so that they suit rows of up to ``num_tokens``."""
+        for layer in self.packed_layers.values():
+            layer.expect_tokens(num_tokens)
+
     def set_padding(self, padding: Sequence[int] | Tensor) -> None:
         """Declare the left padding of every row before the prompt arrives.
 
@@ -189,6 +224,22 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         rows = padding.tolist() if isinstance(padding, Tensor) else list(padding)
         for layer in self.packed_layers.values():
             layer.set_padding(rows)
+
+
+def _check_layer(index: int, layer: Any, plan: LayerPlan) -> None:
+    """Refuse a layer that cannot lie in pages under its plan."""
+    if type(layer) is DynamicLayer:
+        return
+    if not plan.is_exact:
+        raise PlanError(
+            f"layer {index} must be full attention to be packed, got {type(layer).__name__}; "
+            "give it 16 bits in the plan"
+        )
+    if type(layer) is not DynamicSlidingWindowLayer:
+        raise UnsupportedModelError(
+            f"layer {index} must be full or sliding attention to have room reserved, got "
+            f"{type(layer).__name__}; leave max_tokens out"
+        )
 
 
 def _layer_nbytes(layer: Any) -> int:

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbits.attention.states import LayerStates, SideStates, take_columns
+from kvbits.attention.api import Impl, resolve_impl
+from kvbits.attention.states import LayerStates, SideStates, StepStates, StoreGroup, take_columns
 from kvbits.cache.ring import Ring
+from kvbits.cache.stepping import Clocks, Stepper
 from kvbits.codecs.pages import PageStore
 from kvbits.errors import CalibrationError
 from kvbits.layer_plan import SIDES, IntArray, LayerPlan, Side
@@ -41,6 +43,15 @@ class _SideStorage:
         for store, heads in self.stores:
             store.append(states if heads is None else states[:, heads], rows)
 
+    def append_rows(
+        self, side: Side, states: Tensor, columns: Sequence[int], counts: Sequence[int]
+    ) -> None:
+        """Encode ``counts[b]`` tokens of every row from ``columns[b]`` on, by kernels."""
+        from kvbits.attention.triton.quantize import append_prompt
+
+        for store, heads in self.stores:
+            append_prompt(store, side, states, heads, columns=columns, counts=counts)
+
     @property
     def nbytes(self) -> int:
         packed = sum(store.nbytes for store, _ in self.stores)
@@ -56,14 +67,28 @@ class PackedLayer:
         quantize_prefill: Whether a query of a multi-token update sees decoded states for what
             would be packed by its step, as one-token decoding does, instead of the exact states of
             the chunk it arrived in.
+        impl: ``reference``, ``triton``, or ``auto``: kernels where they can run.
+        max_tokens: Reserve pages for this many tokens a row when the first arrive.
+        clocks: Counters of tokens, shared by the layers of a cache.
     """
 
     def __init__(
-        self, plan: LayerPlan, *, layer_idx: int = 0, quantize_prefill: bool = False
+        self,
+        plan: LayerPlan,
+        *,
+        layer_idx: int = 0,
+        quantize_prefill: bool = False,
+        impl: Impl = "auto",
+        max_tokens: int | None = None,
+        clocks: Clocks | None = None,
     ) -> None:
         self.plan = plan
         self.layer_idx = layer_idx
         self.quantize_prefill = quantize_prefill
+        self.requested_impl: Impl = impl
+        self.impl: Impl = impl  # "reference" once states have shown that no kernel takes them
+        self.max_tokens = max_tokens
+        self.clocks = clocks or Clocks()
         self.num_tokens = 0  # per row, left padding included
         self.num_reencoded_tokens = 0
         self.peak_nbytes = 0
@@ -71,6 +96,18 @@ class PackedLayer:
         self._padding: list[int] = []
         self._sides: dict[Side, _SideStorage] = {}
         self._nonfinite: Tensor | None = None
+        self._stepper: Stepper | None = None
+
+    def renewed(self) -> PackedLayer:
+        """An empty layer with the same settings."""
+        return PackedLayer(
+            self.plan,
+            layer_idx=self.layer_idx,
+            quantize_prefill=self.quantize_prefill,
+            impl=self.requested_impl,
+            max_tokens=self.max_tokens,
+            clocks=self.clocks,
+        )
 
     # ----- what it holds
 
@@ -92,14 +129,17 @@ class PackedLayer:
 
     def packed_lengths(self, side: Side) -> IntArray:
         """Packed tokens of every row on one side."""
+        self._count_steps()
         return self._sides[side].packed
 
     def stores(self, side: Side) -> list[PageStore]:
         """The page stores of one side, one per head group."""
+        self._count_steps()
         return [store for store, _ in self._sides[side].stores]
 
     def states(self) -> LayerStates:
         """The states as one more query would see them."""
+        self._count_steps()
         return self._view(self._tails(), self._bounds_now(1))
 
     def set_padding(self, padding: Sequence[int]) -> None:
@@ -114,6 +154,7 @@ class PackedLayer:
                 f"padding must not change once tokens are stored, got {list(padding)} after "
                 f"{self._padding}; start a new cache"
             )
+        self._end_steps()
         self._padding = list(padding)
 
     def _may_become(self, padding: Sequence[int]) -> bool:
@@ -124,7 +165,7 @@ class PackedLayer:
 
     # ----- appending
 
-    def update(self, key_states: Tensor, value_states: Tensor) -> LayerStates:
+    def update(self, key_states: Tensor, value_states: Tensor) -> LayerStates | StepStates:
         """Append ``[B, H_kv, Q, D]`` and return what attention of these Q queries sees.
 
         Raises:
@@ -134,8 +175,12 @@ class PackedLayer:
         new: dict[Side, Tensor] = {"key": key_states, "value": value_states}
         if not self.is_initialized:
             self._initialize(new)
-        self._check(new)
         num_queries = key_states.shape[-2]
+        self._check_shapes(new)
+        if num_queries == 1 and self._may_step():
+            return self._step(key_states, value_states)
+        self._end_steps()
+        self._check_new(new)
         tails = {
             side: torch.cat((tail, new[side].detach()), -2) for side, tail in self._tails().items()
         }
@@ -161,6 +206,14 @@ class PackedLayer:
             )
         if not self._padding:
             self._padding = [0] * batch
+        self.impl = resolve_impl(
+            self.requested_impl,
+            self.plan,
+            key_head_dim=new["key"].shape[-1],
+            value_head_dim=new["value"].shape[-1],
+            dtype=new["key"].dtype,
+            device=new["key"].device,
+        )
         self._sides = {side: self._empty_side(side, new[side]) for side in SIDES}
 
     def _empty_side(self, side: Side, states: Tensor) -> _SideStorage:
@@ -180,11 +233,14 @@ class PackedLayer:
                 device=states.device,
                 page_tokens=self.plan.page_tokens,
             )
+            if self.max_tokens is not None:
+                most = self.plan.packed_lengths(np.array([self.max_tokens]))
+                store.reserve(int(most.key[0] if side == "key" else most.value[0]))
             stores.append((store, heads))
         sinks = states.new_zeros(batch, num_heads, self.plan.sink_tokens, head_dim)
         return _SideStorage(stores, sinks, Ring(states, self.plan.exact_capacity))
 
-    def _check(self, new: dict[Side, Tensor]) -> None:
+    def _check_shapes(self, new: dict[Side, Tensor]) -> None:
         for side, states in new.items():
             _, num_heads, _, head_dim = self._sides[side].sinks.shape
             expected = (len(self._padding), num_heads, states.shape[2], head_dim)
@@ -193,7 +249,6 @@ class PackedLayer:
                     f"{side}_states must have shape {expected} (layer {self.layer_idx}), "
                     f"got {tuple(states.shape)}"
                 )
-        self._check_new(new)
 
     def _check_new(self, new: dict[Side, Tensor]) -> None:
         """Refuse non-finite states: at once, or on a GPU during decoding when next asked."""
@@ -218,6 +273,10 @@ class PackedLayer:
     def check_finite(self) -> None:
         """Raise if a decode step since the last check brought states that are not finite."""
         flag, self._nonfinite = self._nonfinite, None
+        if self._stepper is not None:
+            steps = self._stepper.flags.bool()
+            flag = steps if flag is None else flag | steps
+            self._stepper.flags.zero_()
         if flag is not None:
             self._raise_if(flag)
 
@@ -229,6 +288,75 @@ class PackedLayer:
                     f"in magnitude, got NaN, inf or more in layer {self.layer_idx}; use "
                     "parameter_dtype='float32', or run the model in a wider dtype"
                 )
+
+    # ----- steps on the device
+
+    def _may_step(self) -> bool:
+        """Whether one more token may be appended by a kernel alone."""
+        if self.impl == "reference" or self.is_recording or self.num_tokens == 0:
+            return False
+        if self._stepper is None and self._is_settled():
+            self._stepper = self._new_stepper()
+        return self._stepper is not None
+
+    def _is_settled(self) -> bool:
+        """Whether both sides hold the same tokens, and all that should be packed is."""
+        key, value = (self._sides[side].packed for side in SIDES)
+        due = self.plan.packed_lengths(self._row_lengths()).key
+        return bool((key == value).all() and (key >= due).all())
+
+    def _new_stepper(self) -> Stepper:
+        key, value = (self._sides[side] for side in SIDES)
+        groups = tuple(
+            StoreGroup(ours, theirs, heads)
+            for (ours, heads), (theirs, _) in zip(key.stores, value.stores, strict=True)
+        )
+        clock = self.clocks.on(key.sinks.device)
+        clock.set(self.num_tokens)
+        return Stepper(
+            self.plan,
+            groups,
+            sinks=(key.sinks, value.sinks),
+            rings=(key.ring.buffer, value.ring.buffer),
+            padding=self._padding,
+            clock=clock,
+        )
+
+    def _step(self, key_states: Tensor, value_states: Tensor) -> StepStates:
+        assert self._stepper is not None
+        self._count_steps()
+        self.num_tokens += 1
+        kernel = self._stepper.append(key_states.detach(), value_states.detach(), self.num_tokens)
+        return StepStates(
+            kernel=kernel, num_tokens=self.num_tokens, impl=self.impl, resolve=self.states
+        )
+
+    def count_replayed_step(self) -> None:
+        """Count a step that a captured graph replays: the device has done what a step does."""
+        assert self._stepper is not None
+        self.num_tokens += 1
+
+    def expect_tokens(self, num_tokens: int) -> None:
+        """Launch the next steps so that they suit rows of up to ``num_tokens``."""
+        if self._stepper is not None:
+            self._stepper.expect_tokens(num_tokens)
+
+    def _count_steps(self) -> None:
+        """Tell the stores what steps have packed."""
+        if self._stepper is None:
+            return
+        packed = self._stepper.packed(self.num_tokens).tolist()
+        for storage in self._sides.values():
+            for store, _ in storage.stores:
+                store.lengths = list(packed)
+
+    def _end_steps(self) -> None:
+        """Go back to keeping the layer from the host."""
+        self._count_steps()
+        if self._stepper is not None:
+            flags = self._stepper.flags.bool()
+            self._nonfinite = flags if self._nonfinite is None else self._nonfinite | flags
+        self._stepper = None
 
     # ----- views
 
@@ -285,6 +413,7 @@ class PackedLayer:
             value=sides["value"],
             num_tokens=self.num_tokens,
             padding=self._padding,
+            impl=self.impl,
         )
 
     # ----- moving tokens: tail to sinks, tail to pages
@@ -318,18 +447,20 @@ class PackedLayer:
             due = packed
             if not self.is_recording:
                 due = np.maximum(packed, self.plan.packed_lengths(lengths)[index])
-            self._pack(storage, tail, packed, due - packed)
+            self._pack(side, tail, packed, due - packed)
             width = int(self._num_exact(lengths, due).max(initial=0))
             kept[side] = tail[:, :, tail.shape[-2] - width :]
             storage.ring.store(kept[side], self._padding, self.num_tokens)
         return kept
 
-    def _pack(
-        self, storage: _SideStorage, tail: Tensor, packed: IntArray, counts: IntArray
-    ) -> None:
+    def _pack(self, side: Side, tail: Tensor, packed: IntArray, counts: IntArray) -> None:
         """Encode the oldest ``counts`` tokens of every row's tail; rows in step go together."""
+        storage = self._sides[side]
         start = np.asarray(self._padding) + self.plan.sink_tokens + packed  # logical positions
         columns = tail.shape[-2] - self.num_tokens + start
+        if self.impl != "reference":
+            storage.append_rows(side, tail, columns.tolist(), counts.tolist())
+            return
         for column, count in sorted({*zip(columns.tolist(), counts.tolist(), strict=True)}):
             rows = [
                 row
@@ -349,6 +480,7 @@ class PackedLayer:
         (``num_reencoded_tokens`` counts its tokens). Held-back flushes happen now.
         """
         self.check_finite()
+        self._end_steps()
         if not self.is_initialized:
             return
         if num_removed:
@@ -379,6 +511,7 @@ class PackedLayer:
     def map_rows(self, index: Sequence[int]) -> None:
         """Make row i a copy of what row ``index[i]`` was (reorder, repeat, select)."""
         self.check_finite()
+        self._end_steps()
         if not self.is_initialized:
             return
         self._padding = [self._padding[i] for i in index]
@@ -392,6 +525,7 @@ class PackedLayer:
 
     def to(self, device: torch.device) -> None:
         """Move all states to ``device``."""
+        self._end_steps()
         for storage in self._sides.values():
             storage.ring.buffer = storage.ring.buffer.to(device, non_blocking=True)
             storage.sinks = storage.sinks.to(device, non_blocking=True)
@@ -407,6 +541,7 @@ class PackedLayer:
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain facts from which ``restore`` rebuilds the layer."""
         self.check_finite()
+        self._end_steps()
         if not self.is_initialized:
             return {}, {"num_tokens": 0, "padding": self._padding, "packed": {}}
         tensors: dict[str, Tensor] = {}
@@ -430,7 +565,7 @@ class PackedLayer:
             return
         self._padding = list(facts["padding"])
         new: dict[Side, Tensor] = {side: tensors[f"{side}.tail"] for side in SIDES}
-        self._sides = {side: self._empty_side(side, new[side]) for side in SIDES}
+        self._initialize(new)
         self.num_tokens = int(facts["num_tokens"])
         self.num_reencoded_tokens = int(facts["num_reencoded_tokens"])
         for side, storage in self._sides.items():

@@ -18,6 +18,7 @@ from kvbits.plan.modes import EXACT_BITS, Mode, Pair, Settings
 from kvbits.plan.provenance import Metric, Provenance
 
 if TYPE_CHECKING:
+    from kvbits.attention.api import Impl
     from kvbits.cache.hf import QuantizedCache
 
 FORMAT: Literal["kvbits-cache-plan"] = "kvbits-cache-plan"
@@ -221,23 +222,42 @@ class CachePlan(BaseModel):
         """
         fitting.check_same_geometry(self.model, _geometry(config))
 
-    def new_cache(self, model: Any, *, quantize_prefill: bool = False) -> QuantizedCache:
+    def new_cache(
+        self,
+        model: Any,
+        *,
+        quantize_prefill: bool = False,
+        impl: Impl = "auto",
+        max_tokens: int | None = None,
+    ) -> QuantizedCache:
         """Make an empty cache for ``model``, to pass as ``past_key_values``.
 
         Args:
             model: A transformers model.
             quantize_prefill: Whether each query of a multi-token forward sees decoded states for
                 what one-token decoding would have packed by then; needs ``kvbits.enable(model)``.
+            impl: ``auto`` appends and attends by kernels where they can run (a CUDA device,
+                16-bit states, a layout they read) and by plain PyTorch elsewhere; ``triton``
+                refuses the latter, ``reference`` the former.
+            max_tokens: Reserve room for this many tokens a row, padding included, so that decoding
+                allocates nothing and can be captured in a CUDA graph.
 
         Raises:
             PlanError: If the plan was made for another geometry.
+            UnsupportedModelError: If room cannot be reserved for a layer of the model.
         """
         from kvbits.cache.hf import QuantizedCache, watch_padding
 
         self.check(model.config)
         watch_padding(model)
         layers = self.layers[: num_cache_layers(model.config)]
-        return QuantizedCache(layers, model.config, quantize_prefill=quantize_prefill)
+        return QuantizedCache(
+            layers,
+            model.config,
+            quantize_prefill=quantize_prefill,
+            impl=impl,
+            max_tokens=max_tokens,
+        )
 
     # ----- what it costs
 

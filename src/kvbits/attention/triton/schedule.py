@@ -122,7 +122,9 @@ def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
     """Why no kernel reads or writes this side, or None if one does."""
     shape = side_shape(codec, head_dim)
     if shape is None:
-        return f"{side} codec must be affine with float16 scale and offset, or exact, got {codec!r}"
+        return (
+            f"{side} codec must be affine with float16 scale and offset, or exact, got {codec!r}"
+        )
     if head_dim not in HEAD_DIMS:
         return f"head_dim must be one of {HEAD_DIMS}, got {head_dim}"
     if shape.key_group:

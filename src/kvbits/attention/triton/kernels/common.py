@@ -38,7 +38,14 @@ def row_lengths(
 
 @triton.jit
 def tiles_of_split(
-    i_s, length, packed, per_split, num_splits, BN: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr
+    i_s,
+    length,
+    packed,
+    per_split,
+    num_splits,
+    BN: tl.constexpr,
+    S: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """First tile of a split, distance to its next, and where to stop.
 
@@ -120,7 +127,9 @@ def attend_exact(
     m_c = o_c < NQ * GQ
     p_q = Q + (o_c % GQ) * sq_h + (o_c // GQ) * sq_t
     # [DKP, HP]
-    b_q = tl.load(p_q[None, :] + o_dk[:, None], mask=m_c[None, :] & (o_dk < DK)[:, None], other=0.0)
+    b_q = tl.load(
+        p_q[None, :] + o_dk[:, None], mask=m_c[None, :] & (o_dk < DK)[:, None], other=0.0
+    )
     own = length - NQ + o_c // GQ
     b_m = tl.full([HP], NOTHING, tl.float32)
     b_l = tl.zeros([HP], tl.float32)
@@ -181,4 +190,8 @@ def store_partial(
     inverse = tl.where(b_l > 0, 1.0 / tl.where(b_l > 0, b_l, 1.0), 0.0)
     p_o = PO + (p_part + o_c)[None, :] * DV + o_d[:, None]
     tl.store(p_o, b_o * inverse[None, :], mask=m_c[None, :] & m_d[:, None])
-    tl.store(PM + p_part + o_c, tl.where(b_l > 0, b_m + tl.math.log2(tl.where(b_l > 0, b_l, 1.0)), NOTHING), mask=m_c)
+    tl.store(
+        PM + p_part + o_c,
+        tl.where(b_l > 0, b_m + tl.math.log2(tl.where(b_l > 0, b_l, 1.0)), NOTHING),
+        mask=m_c,
+    )

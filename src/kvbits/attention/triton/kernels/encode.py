@@ -164,7 +164,9 @@ def encode_per_token(
     F: tl.constexpr = num_fields(BITS)
     W: tl.constexpr = D // F
     WP: tl.constexpr = padded(W, 1)
-    SPAN: tl.constexpr = blocks_of_field(BITS, GROUPS)  # groups of a field; else fields of a group:
+    SPAN: tl.constexpr = blocks_of_field(
+        BITS, GROUPS
+    )  # groups of a field; else fields of a group:
     JOINED: tl.constexpr = F * SPAN // GROUPS
     o_t = slot + tl.arange(0, T)
     o_w = tl.arange(0, WP)[None, :]
@@ -272,9 +274,7 @@ def encode_tile(
         encode_per_channel(p_x, p_head, slot, p_pairs, D, BITS, PAGE)
     else:
         p_pairs += i_hs * (GROUPS * PAGE)
-        encode_per_token(
-            p_x, m_t, is_full, p_head, slot, p_pairs, D, BITS, GROUPS, PAGE, IS_KEY
-        )
+        encode_per_token(p_x, m_t, is_full, p_head, slot, p_pairs, D, BITS, GROUPS, PAGE, IS_KEY)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -322,9 +322,7 @@ def encode_prompt(
     page = tl.load(TABLE + i_b.to(tl.int64) * table_stride + token // PAGE)
     is_full = (token >= start) & (token + T <= start + count)
     slot = tile % (PAGE // T) * T  # a multiple of T, which the compiler can see
-    encode_tile(
-        p_x, m_t, is_full, POOL, page, slot, i_hs, HS, D, BITS, G, GROUPS, PAGE, IS_KEY
-    )
+    encode_tile(p_x, m_t, is_full, POOL, page, slot, i_hs, HS, D, BITS, G, GROUPS, PAGE, IS_KEY)
 
 
 @triton.jit

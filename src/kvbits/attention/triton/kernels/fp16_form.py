@@ -97,7 +97,16 @@ def lane_halves(b_p, BN: tl.constexpr, HP: tl.constexpr):
     return tl.reshape(b_low, [BN // 2, HP]), tl.reshape(b_high, [BN // 2, HP])
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_exact_splits", "k_stride", "v_stride", "per_split", "tail_columns"])
+@triton.jit(
+    do_not_specialize=[
+        "num_splits",
+        "num_exact_splits",
+        "k_stride",
+        "v_stride",
+        "per_split",
+        "tail_columns",
+    ]
+)
 def attend_fp16(
     Q,
     K_POOL,

@@ -216,7 +216,9 @@ def prepare_queries(
     tl.store(p_c + 3 * GP, tl.sum(b_q, 0) * scale)
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_exact_splits", "k_stride", "v_stride", "per_split"])
+@triton.jit(
+    do_not_specialize=["num_splits", "num_exact_splits", "k_stride", "v_stride", "per_split"]
+)
 def attend_int8(
     Q,
     QA,
@@ -329,7 +331,9 @@ def attend_int8(
     VW: tl.constexpr = padded(VROWS, 16)
     FIELDS: tl.constexpr = value_fields(VB, VG)
     NF: tl.constexpr = length_of(FIELDS)
-    KEY_PAIRS: tl.constexpr = PAGE if G == 0 else PAGE // G * DK  # scale and offset pairs of a page
+    KEY_PAIRS: tl.constexpr = (
+        PAGE if G == 0 else PAGE // G * DK
+    )  # scale and offset pairs of a page
     o_kb = tl.arange(0, KW)
     o_vr = tl.arange(0, VW)
     o_n = tl.arange(0, BN)
@@ -433,7 +437,9 @@ def attend_int8(
         b_w_new = ()
         b_z_new = ()
         for g in tl.static_range(VG):
-            b_vs = tl.load(p_vs + (i_hs * VG + g) * PAGE + at + o_n, mask=o_n < packed - n, other=0)
+            b_vs = tl.load(
+                p_vs + (i_hs * VG + g) * PAGE + at + o_n, mask=o_n < packed - n, other=0
+            )
             b_pv = b_p * low_half(b_vs)[:, None]
             b_top = tl.maximum(tl.max(low_half(b_vs), 0), TINY)
             b_pz = by_eight(b_p * high_half(b_vs)[:, None], BN, GP)
