@@ -9,7 +9,7 @@ speed, and for everything it does not need beam search, assistants or logits pro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -47,6 +47,9 @@ class Sampling(NamedTuple):
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
+GREEDY = Sampling()
+
+
 class Generation(NamedTuple):
     """What a loop made.
 
@@ -73,7 +76,7 @@ def generate(
     *,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] = (),
     pad_id: int = 0,
     prefill_chunk: int | None = None,

@@ -49,8 +49,8 @@ def attend(
         ``[B, Q, H_q, D_v]`` in the dtype of ``query``.
 
     Raises:
-        KernelUnavailableError: If the cache was made with ``impl="triton"`` and no kernel takes the
-            call.
+        KernelUnavailableError: If the cache was made with ``impl="triton"`` and no kernel takes
+            the call.
     """
     kernel = None
     if states.impl != "reference":

@@ -95,9 +95,9 @@ def packed_mask(
 ) -> Tensor | None:
     """Make transformers' SDPA mask, and mark it where kernels need not read it.
 
-    transformers forbids skipping a mask exactly when a model composed it with something of its own;
-    a mask it may skip is causal, within the window or chunk, with the padding of the 2-D mask. All
-    but chunks a packed cache knows. A lone query without padding sees everything it caches.
+    transformers forbids skipping a mask exactly when a model composed it with something of its
+    own; a mask it may skip is causal, within the window or chunk, with the padding of the 2-D
+    mask. All but chunks a packed cache knows. A lone query without padding sees everything.
     """
     is_plain = allow_is_causal_skip and not getattr(config, "attention_chunk_size", None)
     if is_plain and q_length == 1 and attention_mask is None:

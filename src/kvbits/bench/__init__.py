@@ -1,1 +1,1 @@
-"""Speed and memory, measured: kernels, whole decode loops, largest batches; records and figures."""
+"""Speed and memory, measured: kernels, decode loops, largest batches; records and figures."""

@@ -1,4 +1,4 @@
-"""GPU time: replays of a captured graph, layers rotated so that no run finds its data in the cache."""
+"""GPU time: replays of a captured graph, rotated over layers so that no run hits the cache."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _elapsed_ms(graph: torch.cuda.CUDAGraph, count: int) -> float:
     return float(start.elapsed_time(end))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _read(X, OUT, BLOCK: tl.constexpr, TURNS: tl.constexpr):  # type: ignore[no-untyped-def]
     p_x = X + tl.program_id(0).to(tl.int64) * (BLOCK * TURNS)
     b_sum = tl.zeros([BLOCK], tl.int32)

@@ -19,8 +19,9 @@ Layout ``kvbits-1``. A page holds ``page_tokens`` tokens (a multiple of 64) of o
     scale and offset             pairs: [pages, H_kv, rows, page_tokens, 2] per token,
                                  [pages, H_kv, blocks, D, 2] per channel
 
-Every token has bytes of its own, so any token can be appended alone. A page is one record: the codes
-of all heads, then their parameters. A kernel finds it by an offset in the pool and computes the rest.
+Every token has bytes of its own, so any token can be appended alone. A page is one record: the
+codes of all heads, then their parameters. A kernel finds it by an offset in the pool and computes
+the rest.
 """
 
 from __future__ import annotations

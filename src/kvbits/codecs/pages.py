@@ -103,7 +103,7 @@ class PageStore:
 
     @property
     def table(self) -> Tensor:
-        """Where each page of each row lies: int64 ``[B, capacity]``, in units from the pool's start.
+        """Where each page of each row lies: int64 ``[B, capacity]``, in units from the pool.
 
         Places a row does not use hold 0, the first page of the pool. Pages of later chunks lie
         outside the first one's memory; an offset reaches them all the same.

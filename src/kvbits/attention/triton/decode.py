@@ -1,8 +1,9 @@
 """Attention over packed pages, sinks and residual in one pass, on a GPU.
 
 Two launches: splits of every row, then their merge by log-sum-exp; for the int8 form a small one
-before them, which turns the query into coefficients. Nothing is read back to the host, lengths come
-from the device, and extra memory is the partial outputs: splits times queries, whatever the context.
+before them, which turns the query into coefficients. Nothing is read back to the host, lengths
+come from the device, and extra memory is the partial outputs: splits times queries, whatever the
+context.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kvbits.attention.triton.kernels.fp16_form import attend_fp16
 from kvbits.attention.triton.kernels.int8_form import attend_int8, key_width, prepare_queries
 from kvbits.attention.triton.kernels.layout import num_segments
 from kvbits.attention.triton.kernels.merge import merge_splits
-from kvbits.attention.triton.schedule import Schedule, Shape, SideShape
+from kvbits.attention.triton.schedule import Schedule, Shape
 
 _LOG2E = float(LOG2E.value)
 
@@ -77,7 +78,7 @@ def attend(
         ),
         query.new_empty((batch, num_kv_heads, num_splits, columns), dtype=torch.float32),
     )
-    options = {
+    options: dict[str, object] = {
         "scale": scale * _LOG2E,
         "cap": 0.0 if softcap is None else softcap * _LOG2E,
         "WINDOW": window or 0,
@@ -298,7 +299,7 @@ def _launch(plan: Schedule) -> dict[str, int]:
 
 
 def _launch_options() -> dict[str, object]:
-    """Let a kernel start while the one before it ends, where the hardware can (sm_90 and later)."""
+    """Let a kernel start while the one before it ends, where the hardware can (sm_90 on)."""
     if _is_interpreted() or torch.cuda.get_device_capability() < (9, 0):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
@@ -315,6 +316,6 @@ def _is_interpreted() -> bool:
 
 
 def scratch_bytes(batch: int, num_heads: int, num_queries: int, plan: Schedule, dim: int) -> int:
-    """Bytes of partial outputs of one call: the extra memory of attention, whatever the context."""
+    """Bytes of partial outputs of one call: attention's extra memory, whatever the context."""
     splits = plan.splits + plan.exact_splits
     return math.prod((batch, num_heads, num_queries, splits, dim + 1)) * 4

@@ -26,7 +26,7 @@ def append_prompt(
     columns: Sequence[int],
     counts: Sequence[int],
 ) -> None:
-    """Encode, for every row b, ``counts[b]`` tokens from column ``columns[b]`` on, and append them.
+    """Encode and append ``counts[b]`` tokens of every row b, from column ``columns[b]`` on.
 
     Args:
         store: Where they go. Counts must be multiples of the codec's block.

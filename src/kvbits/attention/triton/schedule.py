@@ -2,8 +2,8 @@
 
 A choice is a pure function of the shape, so that nothing is tuned at a user's first call, and
 ``kvbits inspect`` can print it on a machine without a GPU. The constants come from measurements on
-an H200 (``benchmarks/results/kernels.jsonl``): two tiles in flight for each of eight warps hide the
-latency of memory, four for large tiles; a few long splits beat many short ones.
+an H200 (``benchmarks/results/kernels.jsonl``): two tiles in flight for each of eight warps hide
+the latency of memory, four for large tiles; a few long splits beat many short ones.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
 
 
 def unsupported(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> str | None:
-    """Why a layer cannot run on kernels, as ``<name> must <rule>, got <value>``; None if it can."""
+    """Why a layer cannot run on kernels: ``<name> must <rule>, got <value>``; or None."""
     if plan.flush != "joint":
         return f"flush must be 'joint', got {plan.flush!r}"
     if plan.quantum & (plan.quantum - 1):
@@ -227,8 +227,8 @@ def _programs_per_multiprocessor(
 def _exact_splits(exact: int, tiles: int, splits: int) -> int:
     """One program takes all exact tokens of a row while others are busy for longer than it.
 
-    Programs are dealt to multiprocessors by number, whatever they have to do: many short ones among
-    the long ones leave some multiprocessors with nothing but short ones.
+    Programs are dealt to multiprocessors by number, whatever they have to do: many short ones
+    among the long ones leave some multiprocessors with nothing but short ones.
     """
     is_short = tiles <= 2 * splits
     return max(1, min(5, exact)) if is_short else 1

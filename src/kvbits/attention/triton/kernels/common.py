@@ -75,7 +75,7 @@ def soft_capped(b_s, cap):
 
 @triton.jit
 def dot_states(b_a, b_b, b_c, COMPILED: tl.constexpr):
-    """``a @ b + c`` for 16-bit states a, b rounded to their dtype; the interpreter has no bfloat16."""
+    """``a @ b + c`` for 16-bit a, b rounded to their dtype; the interpreter has no bfloat16."""
     b_b = b_b.to(b_a.dtype)
     if COMPILED:
         return tl.dot(b_a, b_b, b_c)

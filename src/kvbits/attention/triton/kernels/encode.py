@@ -78,7 +78,7 @@ def store_plane(
     PAGE: tl.constexpr,
     IS_KEY: tl.constexpr,
 ):
-    """Write bytes ``[T, W]`` of the tokens from ``slot`` on, as bytes ``row`` to ``row + W`` of each.
+    """Write bytes ``[T, W]`` of the tokens from ``slot`` on, as bytes from ``row`` on of each.
 
     Bit 7 of every byte is flipped. Value pages are transposed; within 32 tokens, token t lies at
     (t % 8) * 4 + t // 8. ``is_full``: the mask of tokens is all true.

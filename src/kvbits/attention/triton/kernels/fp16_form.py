@@ -1,11 +1,11 @@
 """Attention on fp16 tensor cores: any number of query columns, packed and 16-bit sides.
 
-Stored bytes are read as pairs in 16-bit lanes. A segment of a lane's low byte, masked, *is* the fp16
-number ``segment * 2**-24`` (a subnormal, which tensor cores take at full rate); the high byte needs
-one shift for a whole pair of lanes. So a masked lane is an operand: 2**24 goes into the scale, the
-segment's weight into the query. ``S^T = K Q^T`` and ``O^T = V^T P^T``: tokens are the rows of the
-matrix unit and query heads, times queries, its columns, so that one warp works on a tile alone and
-probabilities never leave it.
+Stored bytes are read as pairs in 16-bit lanes. A segment of a lane's low byte, masked, *is* the
+fp16 number ``segment * 2**-24`` (a subnormal, which tensor cores take at full rate); the high byte
+needs one shift for a whole pair of lanes. So a masked lane is an operand: 2**24 goes into the
+scale, the segment's weight into the query. ``S^T = K Q^T`` and ``O^T = V^T P^T``: tokens are the
+rows of the matrix unit and query heads, times queries, its columns, so that one warp works on a
+tile alone and probabilities never leave it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def by_eight(b_x, ROWS: tl.constexpr, HP: tl.constexpr):
 
 @triton.jit
 def lane_halves(b_p, BN: tl.constexpr, HP: tl.constexpr):
-    """Probabilities ``[BN, HP]`` in token order to those of low and of high bytes of a page's lanes.
+    """Probabilities ``[BN, HP]`` in token order to those of low and high bytes of a page's lanes.
 
     Position (t % 8) * 4 + t // 8 of 32: a lane holds tokens t, t + 8 (or t + 16, t + 24).
     """
@@ -158,7 +158,7 @@ def attend_fp16(
     COMPILED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attend NQ queries of every row to a share of its tokens; grid (splits, B * HS, column tiles).
+    """Attend NQ queries of every row to some of its tokens; grid (splits, B * HS, column tiles).
 
     The first splits take packed tiles, the last the exact tokens: a ring of CAP slots, or,
     where CAP is 0, ``tail_columns`` columns that end with the newest token. Column c is query

@@ -1,16 +1,16 @@
 """Decode attention on int8 tensor cores: codes enter the matrix unit almost as they lie in memory.
 
-A byte, read as int8, is a sum of its segments around zero (bit 7 is stored flipped). Masking a byte
-to its segments 0..k is one AND for four bytes, and the last prefix needs none. With P_k the prefix
-and w_k the query times the segment's weight,
+A byte, read as int8, is a sum of its segments around zero (bit 7 is stored flipped). Masking a
+byte to its segments 0..k is one AND for four bytes, and the last prefix needs none. With P_k the
+prefix and w_k the query times the segment's weight,
 
     sum_k w_k * segment_k  =  sum_k P_k * (w_k - w_{k+1})  +  128 * w_last
 
-The coefficients w_k - w_{k+1} of the query, and the probabilities, enter as 15-bit fixed point in two
-int8 columns (high and low). For up to four query heads per key/value head these fill the columns a
-matrix unit pads to anyway. Low prefixes and high prefixes have a scale and an accumulator each, so
-that the rounding of the query stays far below that of the keys. Probabilities are scaled by their own
-maximum in every tile: nothing underflows, however long the context.
+The coefficients w_k - w_{k+1} of the query, and the probabilities, enter as 15-bit fixed point in
+two int8 columns (high and low). For up to four query heads per key/value head these fill the
+columns a matrix unit pads to anyway. Low prefixes and high prefixes have a scale and an
+accumulator each, so that the rounding of the query stays far below that of the keys. Probabilities
+are scaled by their own maximum in every tile: nothing underflows, however long the context.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def joined(b_d, ROWS: tl.constexpr, GP: tl.constexpr):
 
 @triton.jit
 def by_eight(b_x, ROWS: tl.constexpr, GP: tl.constexpr):
-    """Sum ``[ROWS, GP]`` to ``[8, GP]``: what one thread holds; lanes are summed once, at the end."""
+    """Sum ``[ROWS, GP]`` to ``[8, GP]``: a thread's share; lanes are summed once, at the end."""
     return tl.sum(tl.reshape(b_x, [ROWS // 8, 8, GP]), 0)
 
 
@@ -183,9 +183,9 @@ def prepare_queries(
     """Coefficients of the queries of one key/value head, for per-token keys; grid (B * H).
 
     QA: int8 ``[B * H, segments, 2 * GP, KW]``. QC: float32 ``[B * H, 4, GP]``: scale of the fine
-    and of the coarse operands, constant term, sum of the query, all times ``scale``. Read back from
-    memory, operands have the order the matrix unit wants; computed where they are used, they cost
-    the main loop a fifth more instructions.
+    and of the coarse operands, constant term, sum of the query, all times ``scale``. Read back
+    from memory, operands have the order the matrix unit wants; computed where they are used, they
+    cost the main loop a fifth more instructions.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     if PDL:

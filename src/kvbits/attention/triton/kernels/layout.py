@@ -1,7 +1,7 @@
 """How kernels read and write the bytes of ``codecs/packing.py``: the same layout, in Triton.
 
-A stored byte is a row of *segments*: runs of bits that belong to one channel. The byte of index w in
-a token's row holds, with NB = D * bits // 8 and PB = D // 8,
+A stored byte is a row of *segments*: runs of bits that belong to one channel. The byte of index w
+in a token's row holds, with NB = D * bits // 8 and PB = D // 8,
 
     8 bits   one segment    channel w
     4 bits   two            channels w, w + NB
@@ -11,8 +11,8 @@ a token's row holds, with NB = D * bits // 8 and PB = D // 8,
 so a dot product with codes is a sum over bytes and segments: the segment's bits as they lie in the
 byte, times the query at ``segment_channel``, times ``segment_weight``. Nothing is shifted.
 
-Value bytes are taken in *planes*: the three planes of 3 bits, or as many blocks of rows as it takes
-for a plane's segment to lie in one scale group. A *field* is one segment of one plane.
+Value bytes are taken in *planes*: the three planes of 3 bits, or as many blocks of rows as it
+takes for a plane's segment to lie in one scale group. A *field* is one segment of one plane.
 """
 
 from __future__ import annotations
