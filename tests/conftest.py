@@ -11,13 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # kernels are tested all the same, interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
     """Two test processes on two cores must not each start a pool of threads."""
-    import torch
-
     torch.set_num_threads(1)
 
 
@@ -56,7 +58,6 @@ def byte_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 of 3 layers with its tokenizer, saved as a local checkpoint."""
-    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ def attend(
         is_plain: Whether the mask is no more than causality, the window and the padding that the
             states know of, so that a kernel need not read it.
         softcap: If given, scores become ``softcap * tanh(scores / softcap)`` before the mask.
-        window: Newest tokens a query sees, its own included; the mask must say the same.
+        window: Newest tokens a query sees, its own included; a mask must say the same.
         sink_logits: ``[H_q]`` extra logits that take part in the softmax and have no value.
 
     Returns:
@@ -70,7 +70,9 @@ def attend(
             query, kernel, scale, softcap=softcap, window=window, sink_logits=sink_logits
         )
     whole = states.resolve() if isinstance(states, StepStates) else states
-    output = reference.attend(query, whole, mask, scale, softcap=softcap, sink_logits=sink_logits)
+    output = reference.attend(
+        query, whole, mask, scale, softcap=softcap, window=window, sink_logits=sink_logits
+    )
     return output.transpose(1, 2).contiguous()
 
 

@@ -50,6 +50,7 @@ def attend(
     scale: float,
     *,
     softcap: float | None = None,
+    window: int | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Compute softmax(scale · query · keysᵀ + mask) · values over one layer's states.
@@ -61,6 +62,7 @@ def attend(
             None: causal.
         scale: Factor on the scores.
         softcap: If given, scores become ``softcap * tanh(scores / softcap)`` before the mask.
+        window: Newest tokens a query sees, its own included; a mask must say so itself.
         sink_logits: ``[H_q]`` extra logits that take part in the softmax and have no value.
 
     Returns:
@@ -75,7 +77,7 @@ def attend(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.unflatten(2, grouped.shape[2:4])  # [B, H_kv, n, Q, t]
-        scores = _masked(scores, states, span, mask).flatten(2, 3)
+        scores = _masked(scores, states, span, mask, window).flatten(2, 3)
         running = _merge(running, scores, states, span)
     output = running.output / running.total.clamp_min(1e-30)
     return output.unflatten(2, grouped.shape[2:4]).flatten(1, 2).to(query.dtype)
@@ -146,15 +148,20 @@ def _is_decoded(states: LayerStates, side: Side, span: Span, num_rows: int) -> T
     return seen.repeat(1, num_rows // seen.shape[1], 1)[:, None]
 
 
-def _masked(scores: Tensor, states: LayerStates, span: Span, mask: Tensor | None) -> Tensor:
+def _masked(
+    scores: Tensor, states: LayerStates, span: Span, mask: Tensor | None, window: int | None
+) -> Tensor:
     """Apply the mask to scores ``[B, H_kv, n, Q, t]``."""
-    if mask is None and states.num_queries == 1 and not any(states.padding):
+    is_lone = states.num_queries == 1 and not any(states.padding)
+    if mask is None and is_lone and window is None:
         return scores  # the newest token sees everything
     position = torch.arange(span.start, span.stop, device=scores.device)
     shift = torch.tensor(list(states.padding), device=scores.device)
     if mask is None:
-        own = torch.from_numpy(_query_positions(states)).to(scores.device)
-        allowed = position <= own[..., None]  # [B, Q, t]
+        own = torch.from_numpy(_query_positions(states)).to(scores.device)[..., None]
+        allowed = position <= own  # [B, Q, t]
+        if window is not None:
+            allowed &= position > own - window
         return scores.masked_fill(~allowed[:, None, None], -torch.inf)
     if any(states.padding):
         column = (position + shift[:, None]).clamp(max=mask.shape[-1] - 1)  # [B, t]

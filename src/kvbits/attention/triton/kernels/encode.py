@@ -384,10 +384,10 @@ def append_side(
             PAGE,
             IS_KEY,
         )
-    if CAP > 0:
-        tl.store(RING + (i_row * CAP + own % CAP) * D + o_d, b_x, mask=m_d & (own >= S))
-    if S > 0:
-        tl.store(SINK + (i_row * S + own) * D + o_d, b_x, mask=m_d & (own < S))
+    if own < S:
+        tl.store(SINK + (i_row * S + own) * D + o_d, b_x, mask=m_d)
+    elif CAP > 0:
+        tl.store(RING + (i_row * CAP + own % CAP) * D + o_d, b_x, mask=m_d)
     bad = tl.max(tl.where(tl.abs(b_x.to(tl.float32)) <= LIMIT, 0, 1), 0)  # NaN compares false
     if bad > 0:
         tl.store(FLAG, 1)

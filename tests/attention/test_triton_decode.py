@@ -1,0 +1,172 @@
+"""Attention kernels against float64, over every layout and attention they claim."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from kernel_states import DEVICE, Case, expected, make
+
+from kvbits.attention.triton import schedule as schedules
+
+pytest.importorskip("triton")
+
+from kvbits.attention.triton.decode import attend, scratch_bytes
+
+# Probabilities enter the second product in 8 (bfloat16) or 11 (float16) significant bits, and the
+# output is rounded once more; relative to its norm that is 2**-8 and change.
+TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1.5e-3}
+
+LAYOUTS = {
+    f"K{key}V{value}": Case(key_bits=key, value_bits=value)
+    for key, value in itertools.product(schedules.BITS, repeat=2)
+}
+LAYOUTS |= {
+    f"K{bits}V{bits}-G{group}-V{groups}": Case(
+        key_bits=bits, value_bits=bits, key_group=group, value_groups=groups, packed=(256, 128)
+    )
+    for bits, group, groups in (
+        (2, 32, 4), (3, 32, 2), (4, 32, 1), (8, 32, 1), (2, 64, 2), (3, 64, 1), (4, 64, 4),
+        (8, 64, 2), (2, 128, 1), (3, 128, 4), (4, 128, 2), (8, 128, 1),
+    )
+}  # fmt: skip
+LAYOUTS |= {
+    f"K{key}V{value}-D{dim}-GQA{queries}": Case(
+        key_bits=key, value_bits=value, head_dim=dim, group_queries=queries
+    )
+    for dim, key, value, queries in (
+        (64, 4, 4, 4), (64, 2, 3, 1), (64, 8, 2, 9), (64, 3, 8, 7), (64, 16, 16, 4),
+        (96, 4, 4, 4), (96, 2, 3, 4), (96, 8, 2, 9), (96, 3, 8, 1), (96, 16, 2, 4),
+        (256, 4, 4, 4), (256, 2, 3, 2), (256, 8, 2, 9), (256, 3, 8, 16), (256, 16, 16, 2),
+        (128, 4, 4, 1), (128, 2, 2, 5), (128, 3, 3, 8), (128, 8, 8, 16),
+    )
+}  # fmt: skip
+LAYOUTS |= {
+    "head_dim differs": Case(head_dim=128, value_dim=64),
+    "float16": Case(dtype=torch.float16),
+    "float16 exact keys": Case(key_bits=16, dtype=torch.float16),
+    "GQA 8 per channel": Case(key_bits=2, key_group=128, group_queries=8, packed=(256, 128)),
+    "int8 where fp16 is chosen": Case(group_queries=8, form="int8"),
+    "fp16 where int8 is chosen": Case(key_bits=2, value_bits=3, form="fp16"),
+    "fp16 per channel": Case(key_group=64, packed=(128, 192), form="fp16"),
+}
+
+ATTENTIONS = {
+    "sinks": Case(num_sinks=5),
+    "nothing packed": Case(packed=(0, 5), exact=(3, 1)),
+    "one token": Case(packed=(0, 64), exact=(1, 1)),
+    "uneven rows": Case(packed=(300, 64, 1), exact=(1, 20, 9)),
+    "softcap, sinks, sink logits": Case(num_sinks=3, softcap=5.0, has_sink_logits=True),
+    "window": Case(num_sinks=3, window=50, has_sink_logits=True),
+    "window within the residual": Case(window=9, exact=(20, 12)),
+    "window over everything": Case(window=1000),
+    "exact, window": Case(key_bits=16, value_bits=16, window=50, has_sink_logits=True),
+    "wide heads, window, softcap": Case(
+        key_bits=2, value_bits=2, group_queries=16, window=90, softcap=3.0
+    ),
+    "outliers": Case(has_outliers=True),
+    "outliers, 2 bits": Case(key_bits=2, value_bits=2, has_outliers=True),
+    "outliers, 3 bits": Case(key_bits=3, value_bits=3, has_outliers=True),
+    "outliers, fp16": Case(group_queries=8, has_outliers=True),
+    "outliers, per channel": Case(
+        key_bits=2, key_group=32, value_groups=4, packed=(128, 64), has_outliers=True
+    ),
+}
+ATTENTIONS |= {
+    f"{queries} queries, {name}": case
+    for queries, name, case in (
+        (2, "4 bits", Case(num_queries=2, num_sinks=2, exact=(30, 25))),
+        (9, "4 bits", Case(num_queries=9, num_sinks=2, exact=(30, 25))),
+        (20, "GQA 7", Case(num_queries=20, group_queries=7, exact=(20, 25))),
+        (65, "2 bits", Case(num_queries=65, key_bits=2, value_bits=2, exact=(65, 70))),
+        (5, "exact, window", Case(
+            num_queries=5, key_bits=16, value_bits=16, exact=(30, 25), window=40)),
+        (5, "per channel", Case(
+            num_queries=5, key_bits=3, value_bits=2, key_group=32, value_groups=4,
+            packed=(128, 64), exact=(30, 25), num_sinks=2)),
+        (7, "all", Case(
+            num_queries=7, head_dim=96, exact=(30, 25), softcap=4.0, window=60,
+            has_sink_logits=True)),
+    )
+}  # fmt: skip
+
+
+def run(case, query, states, **changes):
+    return attend(query, states, case.scale, schedule=case.schedule(**changes), **case.options)
+
+
+def assert_close(output, reference, case):
+    error = (output.cpu().double() - reference).norm() / reference.norm()
+    assert error < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_agrees_with_float64(case):
+    query, states, dense = make(case, poison=True)
+    output = run(case, query, states)
+    assert output.dtype == case.dtype
+    assert output.is_contiguous()
+    assert_close(output, expected(case, query, dense), case)
+
+
+@pytest.mark.parametrize("case", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_every_attention_agrees_with_float64(case):
+    query, states, dense = make(case, poison=True)
+    assert_close(run(case, query, states), expected(case, query, dense), case)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("form", ["int8", "fp16"])
+def test_splits_change_the_output_by_rounding_only(form, splits):
+    case = Case(packed=(300, 64, 1), exact=(1, 40, 9), form=form)
+    query, states, dense = make(case)
+    output = run(case, query, states, splits=splits, exact_splits=1 + splits % 2)
+    assert_close(output, expected(case, query, dense), case)
+
+
+def test_the_same_call_gives_the_same_bits():
+    case = Case(packed=(300, 64, 1), exact=(1, 40, 9))
+    query, states, _ = make(case)
+    first = run(case, query, states)
+    for _ in range(3):
+        assert torch.equal(run(case, query, states), first)
+
+
+def test_a_row_of_a_batch_is_what_it_is_alone():
+    """Under one schedule: how many splits there are depends on the batch."""
+    case = Case(packed=(128, 128), exact=(9, 9))
+    query, states, _ = make(case)
+    both = run(case, query, states, splits=2)
+    query[1] = torch.nan
+    assert torch.equal(run(case, query, states, splits=2)[0], both[0])
+
+
+def test_scratch_does_not_grow_with_the_context():
+    """Partial outputs are all that attention allocates: splits times queries."""
+    for num_queries in (1, 16, 128):
+        sizes = set()
+        for num_tokens in (1 << 15, 1 << 17, 1 << 20):
+            side = schedules.SideShape(4, 0, 1, 128)
+            shape = schedules.Shape(side, side, 4, num_queries, 64, num_tokens, 65)
+            plan = schedules.choose(shape)
+            sizes.add(scratch_bytes(8, 32, num_queries, plan, 128))
+        (size,) = sizes
+        assert size <= 192 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_queries", [1, 8, 128])
+def test_peak_memory_is_that_of_the_scratch(num_queries):
+    case = Case(num_heads=8, packed=(4096, 4096), exact=(128, 128), num_queries=num_queries)
+    query, states, _ = make(case)
+    plan = case.schedule()
+    attend(query, states, case.scale, schedule=plan)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend(query, states, case.scale, schedule=plan)
+    used = torch.cuda.max_memory_allocated() - before
+    output = query.numel() * query.element_size()
+    limit = scratch_bytes(2, 32, num_queries, plan, 128) + 3 * output + (1 << 20)
+    assert used <= limit, (used, limit, DEVICE)

@@ -1,0 +1,101 @@
+"""Encoding kernels against the eager codecs: the same bytes, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_states import DEVICE, codec
+
+pytest.importorskip("triton")
+
+from kvbits.attention.triton.quantize import append_prompt
+from kvbits.codecs.pages import PageStore
+
+CODECS = {
+    f"{side}-{bits}-D{dim}{'-G' * bool(group)}{group or ''}{f'-size{size}' if size else ''}": (
+        side, dim, codec(bits, group, size))
+    for side, dim, bits, group, size in (
+        *(("key", 128, bits, group, None) for bits in (2, 3, 4, 8) for group in (0, 32, 64, 128)),
+        *(("value", 128, bits, 0, size) for bits in (2, 3, 4, 8) for size in (None, 64, 32)),
+        *(("key", 96, bits, group, None) for bits in (2, 3, 4, 8) for group in (0, 32)),
+        *(("value", 96, bits, 0, None) for bits in (2, 3, 4, 8)),
+        *(("key", 64, bits, 64, None) for bits in (3, 4)),
+        *(("value", 256, bits, 0, size) for bits in (2, 3) for size in (None, 64)),
+        ("key", 128, 16, 0, None), ("value", 64, 16, 0, None),
+    )
+}  # fmt: skip
+
+
+def random_states(rows, num_tokens, heads, dim, dtype, seed=0):
+    """``[B, H, T, D]`` in a projection's memory order; channels differ in scale and mean."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(rows, num_tokens, heads, dim, generator=generator)
+    states = states * torch.rand(dim, generator=generator) * 3
+    states += torch.randn(dim, generator=generator)
+    states[0, 5] = 1.5  # a constant group
+    states[0, 7] = 0
+    return states.to(dtype).to(DEVICE).transpose(1, 2)
+
+
+def new_store(each, side, dim, heads, rows=2, dtype=torch.bfloat16):
+    return PageStore(
+        each, side=side, num_heads=heads, head_dim=dim, num_rows=rows, dtype=dtype, device=DEVICE
+    )
+
+
+def assert_same_bytes(ours, theirs):
+    assert ours.lengths == theirs.lengths
+    pages, reference = ours.export_pages(), theirs.export_pages()
+    assert pages.keys() == reference.keys()
+    for name, plane in reference.items():
+        bits = {1: torch.uint8, 2: torch.int16}[plane.element_size()]
+        assert torch.equal(pages[name].view(bits), plane.view(bits)), name
+
+
+@pytest.mark.parametrize(("side", "dim", "each"), CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_prompt_becomes_the_bytes_of_the_eager_codec(side, dim, each, dtype):
+    """Two ragged appends, the second into pages that are partly full."""
+    states = random_states(2, 200 + each.block_tokens, 2, dim, dtype)
+    ours, theirs = (new_store(each, side, dim, 2, dtype=dtype) for _ in range(2))
+    block = each.block_tokens
+    second = [block, 2 * block] if block > 1 else [7, 65]
+    for columns, counts in (
+        ([3, 40], [-(-100 // block) * block, -(-70 // block) * block]),
+        ([0, 0], second),
+    ):
+        append_prompt(ours, side, states, None, columns=columns, counts=counts)
+        for row, (start, count) in enumerate(zip(columns, counts, strict=True)):
+            theirs.append(states[row : row + 1, :, start : start + count], [row])
+    assert_same_bytes(ours, theirs)
+
+
+def test_a_head_group_takes_its_heads():
+    states = random_states(2, 64, 5, 64, torch.bfloat16)
+    heads = torch.tensor([4, 0, 3], device=DEVICE)
+    ours, theirs = (new_store(codec(4), "key", 64, 3) for _ in range(2))
+    append_prompt(ours, "key", states, heads, columns=[0, 0], counts=[64, 64])
+    theirs.append(states[:, heads])
+    assert_same_bytes(ours, theirs)
+
+
+def test_rows_that_get_nothing_keep_what_they_have():
+    states = random_states(3, 80, 2, 64, torch.bfloat16)
+    ours, theirs = (new_store(codec(2), "value", 64, 2, rows=3) for _ in range(2))
+    append_prompt(ours, "value", states, None, columns=[0, 0, 0], counts=[0, 33, 0])
+    theirs.append(states[1:2, :, :33], [1])
+    append_prompt(ours, "value", states, None, columns=[0, 0, 0], counts=[0, 0, 0])
+    assert_same_bytes(ours, theirs)
+
+
+def test_states_of_any_memory_order_are_read_as_they_are():
+    states = random_states(2, 70, 2, 64, torch.bfloat16)
+    stores = [new_store(codec(4), "value", 64, 2) for _ in range(3)]
+    for store, view in zip(
+        stores,
+        (states, states.contiguous(), states.transpose(2, 3).contiguous().transpose(2, 3)),
+        strict=True,
+    ):
+        append_prompt(store, "value", view, None, columns=[1, 1], counts=[69, 69])
+    assert_same_bytes(stores[0], stores[1])
+    assert_same_bytes(stores[0], stores[2])

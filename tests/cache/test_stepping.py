@@ -1,0 +1,250 @@
+"""A layer on kernels against the same layer in plain PyTorch: the same bytes after any history."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvbits.attention import api
+from kvbits.attention.states import StepStates
+from kvbits.cache.layer import PackedLayer
+from kvbits.cache.stepping import Clock, Clocks
+from kvbits.codecs import Affine, Identity
+from kvbits.errors import CalibrationError, KernelUnavailableError
+from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS, DIM, QUERIES = 2, 64, 2
+
+
+def channel(bits, group_size):
+    return Affine(bits=bits, granularity="per_channel", group_size=group_size)
+
+
+PLANS = {
+    "token-4-2": LayerPlan.uniform(Affine(bits=4), Affine(bits=2)),
+    "token-3-8": LayerPlan.uniform(Affine(bits=3), Affine(bits=8), residual_length=20),
+    "token-2-groups": LayerPlan.uniform(
+        Affine(bits=2), Affine(bits=2, group_size=16), residual_length=7, sink_tokens=5
+    ),
+    "kivi-32": LayerPlan.uniform(
+        channel(2, 32), Affine(bits=2, group_size=32), residual_length=32
+    ),
+    "kivi-64-sinks": LayerPlan.uniform(channel(3, 64), Affine(bits=4), sink_tokens=3),
+    "kivi-128": LayerPlan.uniform(channel(4, 128), Identity(), residual_length=20),
+    "key-exact": LayerPlan.uniform(Identity(), Affine(bits=4), residual_length=10),
+    "exact": LayerPlan.uniform(Identity(), Identity()),
+    "head-groups": LayerPlan(
+        groups=(
+            HeadGroup(heads=(1,), key=channel(4, 32), value=Affine(bits=2)),
+            HeadGroup(heads=(0,), key=Affine(bits=8), value=Affine(bits=3)),
+        ),
+        residual_length=32,
+        sink_tokens=1,
+    ),
+}
+every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+every_padding = pytest.mark.parametrize("padding", [(0, 0), (3, 90)], ids=["even", "padded"])
+
+
+def random_states(num_tokens, rows=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(2, rows, num_tokens, HEADS, DIM, generator=generator)
+    keys, values = states.to(torch.bfloat16).to(DEVICE).transpose(2, 3)
+    keys[..., 3] += 20
+    return keys, values
+
+
+def before_a_flush(plan, padding=(0, 0)):
+    """Tokens after which the third step packs a block of the padded row, if there are blocks."""
+    exact = plan.sink_tokens + plan.residual_length
+    return padding[1] + exact + max(2 * plan.quantum - 3, 8)
+
+
+def new_layers(plan, padding, **settings):
+    layers = [PackedLayer(plan, impl=impl, **settings) for impl in ("triton", "reference")]
+    for layer in layers:
+        layer.set_padding(padding)
+    return layers
+
+
+def feed(layers, states, chunks):
+    start = layers[0].num_tokens
+    for count in chunks:
+        part = [side[:, :, start : start + count] for side in states]
+        views = [layer.update(*part) for layer in layers]
+        start += count
+    return views
+
+
+def assert_same_bytes(ours, theirs):
+    tensors, facts = ours.export()
+    reference, reference_facts = theirs.export()
+    assert facts == reference_facts
+    assert tensors.keys() == reference.keys()
+    for side in SIDES:  # places of sinks and tail that no token owns are unspecified
+        assert torch.equal(ours.states().dense(side), theirs.states().dense(side)), side
+    for name in (name for name in tensors if name.split(".")[1] not in {"sinks", "tail"}):
+        plain, other = (x.contiguous().view(torch.uint8) for x in (tensors[name], reference[name]))
+        assert torch.equal(plain, other), name
+
+
+@every_plan
+@every_padding
+def test_steps_and_chunks_store_the_bytes_of_the_reference(plan, padding):
+    layers = new_layers(plan, padding)
+    states = random_states(450)
+    first = before_a_flush(plan, padding)
+    views = feed(layers, states, [first, *[1] * 8, 30, *[1] * 4])
+    assert isinstance(views[0], StepStates)
+    assert_same_bytes(*layers)
+
+
+@pytest.mark.parametrize("name", ["token-2-groups", "kivi-32", "head-groups"])
+def test_steps_from_the_first_token_on(name):
+    """One row is padding until its last token."""
+    layers = new_layers(PLANS[name], (0, 69))
+    feed(layers, random_states(70), [1] * 70)
+    assert_same_bytes(*layers)
+
+
+@every_plan
+def test_room_reserved_is_room_used(plan):
+    """With max_tokens no page, table or ring moves while there is room."""
+    first = before_a_flush(plan)
+    layers = new_layers(plan, (0, 0), max_tokens=first + 12)
+    states = random_states(first + 12)
+    feed(layers, states, [first])
+
+    def places():
+        stores = [store for side in SIDES for store in layers[0].stores(side)]
+        return [(store.pool.data_ptr(), store.table.data_ptr()) for store in stores]
+
+    before, size = places(), layers[0].nbytes
+    feed(layers, states, [1] * 12)
+    assert places() == before
+    assert layers[0].nbytes == size
+    assert_same_bytes(*layers)
+
+
+@every_plan
+@every_padding
+def test_a_crop_and_moved_rows_end_steps_and_steps_go_on(plan, padding):
+    layers = new_layers(plan, padding)
+    states = random_states(450)
+    feed(layers, states, [before_a_flush(plan, padding) + 50, *[1] * 5])
+    for act in (
+        lambda layer: layer.crop(9),
+        lambda layer: layer.map_rows([1, 0]),
+        lambda layer: layer.crop(40),
+        lambda layer: layer.map_rows([0, 0, 1]),
+    ):
+        for layer in layers:
+            act(layer)
+        states = random_states(450, rows=len(layers[0].padding))
+        feed(layers, states, [1, 1])
+        assert_same_bytes(*layers)
+
+
+@every_plan
+@every_padding
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_attention_of_kernels_is_that_of_the_reference(plan, padding, num_queries):
+    layers = new_layers(plan, padding)
+    states = random_states(450)
+    feed(layers, states, [before_a_flush(plan, padding), 1, 1])
+    views = feed(layers, states, [num_queries])
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(2, HEADS * QUERIES, num_queries, DIM, generator=generator)
+    query = query.to(torch.bfloat16).to(DEVICE)
+    ours, theirs = (api.attend(query, view, None, DIM**-0.5).double().cpu() for view in views)
+    # Both round a probability-weighted sum to bfloat16; see test_triton_decode.py.
+    assert (ours - theirs).norm() < 6e-3 * theirs.norm()
+
+
+def test_steps_of_another_impl_are_none():
+    layer = PackedLayer(PLANS["token-4-2"], impl="reference")
+    views = feed([layer], random_states(20), [10, 1])
+    assert not isinstance(views[0], StepStates)
+
+
+def test_recording_holds_steps_back():
+    """Drafts must never reach pages, so their steps go the host's way."""
+    layers = new_layers(PLANS["token-4-2"], (0, 0))
+    states = random_states(90)
+    feed(layers, states, [50])
+    for layer in layers:
+        layer.is_recording = True
+    feed(layers, states, [1] * 5)
+    for layer in layers:
+        layer.crop(2)
+        layer.is_recording = False
+    feed(layers, states, [1] * 20)
+    assert_same_bytes(*layers)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_step_with_states_that_are_not_finite_is_reported(side, bad):
+    layer = PackedLayer(PLANS["token-4-2"], impl="triton")
+    keys, values = random_states(12)
+    layer.update(keys[:, :, :10], values[:, :, :10])
+    layer.update(keys[:, :, 10:11], values[:, :, 10:11])
+    layer.check_finite()
+    new = {"key": keys[:, :, 11:].clone(), "value": values[:, :, 11:].clone()}
+    new[side][1, 1, 0, 5] = bad
+    layer.update(new["key"], new["value"])
+    with pytest.raises(CalibrationError, match=f"{side}_states must be finite"):
+        layer.check_finite()
+
+
+def test_states_that_are_not_finite_may_lie_in_padding():
+    layer = PackedLayer(PLANS["token-4-2"], impl="triton")
+    layer.set_padding([0, 12])
+    keys, values = random_states(12)
+    keys[1], values[1] = torch.nan, torch.inf
+    layer.update(keys[:, :, :10], values[:, :, :10])
+    layer.update(keys[:, :, 10:11], values[:, :, 10:11])
+    layer.check_finite()
+
+
+@pytest.mark.parametrize(
+    ("plan", "dtype", "rule"),
+    [
+        (
+            LayerPlan.uniform(Affine(bits=4, symmetric=True), Affine(bits=4)),
+            None,
+            "must be affine",
+        ),
+        (LayerPlan.uniform(Affine(bits=4), channel(4, 32)), None, "values must share scales"),
+        (
+            LayerPlan.uniform(
+                channel(2, 32), Affine(bits=2), residual_length=32, flush="independent"
+            ),
+            None,
+            "flush must be 'joint'",
+        ),
+        (LayerPlan.uniform(Affine(bits=4), Affine(bits=4)), torch.float32, "must be bfloat16"),
+    ],
+    ids=["symmetric", "channel values", "independent flush", "float32"],
+)
+def test_what_no_kernel_takes_is_refused_or_runs_as_reference(plan, dtype, rule):
+    keys, values = (x.to(dtype or x.dtype) for x in random_states(70))
+    with pytest.raises(KernelUnavailableError, match=rule):
+        PackedLayer(plan, impl="triton").update(keys, values)
+    layer = PackedLayer(plan, impl="auto")
+    layer.update(keys, values)
+    assert layer.impl == "reference"
+    view = layer.update(keys[:, :, :1], values[:, :, :1])
+    assert view.impl == "reference"
+
+
+def test_a_clock_is_filled_or_counts_by_one():
+    clock = Clock(DEVICE)
+    for num_tokens in (5, 6, 6, 7, 3):
+        clock.set(num_tokens)
+        assert clock.device_tokens.item() == num_tokens
+    clocks = Clocks()
+    assert clocks.on(DEVICE) is clocks.on(DEVICE)
