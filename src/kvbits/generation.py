@@ -22,6 +22,7 @@ from kvbits.errors import UnsupportedModelError
 
 OnTokens = Callable[[list[int]], None]
 LEAST_HORIZON = 1024
+EAGER_STEPS = 2  # before a capture: kernels compile, libraries start, page tables are built
 
 
 class Sampling(NamedTuple):
@@ -56,7 +57,7 @@ class Generation(NamedTuple):
     Attributes:
         tokens: ``[B, N]`` new tokens; behind a row's stop token the padding id.
         prefill_seconds: From the prompt to the first token.
-        decode_seconds: From the first token to the last, capturing left out.
+        decode_seconds: Of ``num_steps`` steps; of a captured loop, of its replays alone.
         num_steps: Decode steps in ``decode_seconds``.
         is_captured: Whether steps were replays of a CUDA graph.
     """
@@ -101,6 +102,7 @@ def generate(
 
     Raises:
         ValueError: If an argument is out of range, or the cache has no room.
+        CalibrationError: If states were not finite.
         UnsupportedModelError: If ``capture=True`` and the steps cannot be captured.
     """
     _check(input_ids, cache, max_new_tokens, sampling)
@@ -128,7 +130,9 @@ class _Loop:
         self._ended: set[int] = set()  # rows that have stopped, as far as the host knows
         self._graph: torch.cuda.CUDAGraph | None = None
         self._horizon = 0
-        self._capturing_seconds = 0.0
+        self._num_steps = 0
+        self._setup_seconds = 0.0
+        self._setup_steps = 0
 
     def prefill(
         self, input_ids: Tensor, mask: Tensor | None, chunk: int | None, max_new_tokens: int
@@ -159,7 +163,7 @@ class _Loop:
         drawn = draw(logits, self.sampling)
         drawn = torch.where(self.is_done, self.pad_id, drawn)
         if len(self.stop_ids):
-            self.is_done |= torch.isin(drawn, self.stop_ids)
+            self.is_done |= (drawn[:, None] == self.stop_ids).any(-1)
         self.token.copy_(drawn[:, None])
         self.history.index_copy_(1, self.index, drawn[:, None])
         self.index.add_(1)
@@ -193,17 +197,20 @@ class _Loop:
         mailbox = _Mailbox(self.token) if on_tokens or self._stops else None
         if mailbox:
             mailbox.post()
-        started, num_steps = _now(self.model), 0
-        while num_steps < max_new_tokens - 1:
+        started = _now(self.model)
+        while self._num_steps < max_new_tokens - 1:
             self._advance(capture)
-            num_steps += 1
+            self._num_steps += 1
             if mailbox and self._received(mailbox, on_tokens):
                 break
         else:
             if mailbox:
                 self._received(mailbox, on_tokens)
-        seconds = _now(self.model) - started - self._capturing_seconds
-        tokens = self.history[:, : self._num_wanted(num_steps + 1)]
+        seconds = _now(self.model) - started - self._setup_seconds
+        tokens = self.history[:, : self._num_wanted(self._num_steps + 1)]
+        num_steps = self._num_steps - self._setup_steps
+        if isinstance(self.cache, QuantizedCache):
+            self.cache.check_finite()
         return Generation(tokens, prefill_seconds, seconds, num_steps, self._graph is not None)
 
     def _received(self, mailbox: _Mailbox, on_tokens: OnTokens | None) -> bool:
@@ -245,17 +252,26 @@ class _Loop:
         if not capture:
             self.step()
             return
+        if self._num_steps < EAGER_STEPS:
+            self._set_up(self.step)
+            self._setup_steps += 1
+            return
         num_tokens = self.cache.get_seq_length() + 1
         if self._graph is None or num_tokens > self._horizon:
-            self._capture(num_tokens)
+            self._set_up(lambda: self._capture(num_tokens))
         else:
             self.cache.count_replayed_step()
         assert self._graph is not None
         self._graph.replay()
 
+    def _set_up(self, act: Callable[[], None]) -> None:
+        """Do what no steady step does, and keep its time apart."""
+        started = _now(self.model)
+        act()
+        self._setup_seconds += _now(self.model) - started
+
     def _capture(self, num_tokens: int) -> None:
         """Capture the next step, so that it suits twice as many tokens as there are."""
-        started = _now(self.model)
         horizon = max(LEAST_HORIZON, 2 * num_tokens)
         self._horizon = min(horizon, self.cache.max_tokens)
         self._graph = None  # its memory can be taken by the new one
@@ -270,7 +286,6 @@ class _Loop:
                 f"got: {str(error).splitlines()[0]}; pass capture=False"
             ) from error
         self._graph = graph
-        self._capturing_seconds += _now(self.model) - started
 
 
 class _Mailbox:

@@ -29,7 +29,7 @@ PLANS = {
     ),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-PROMPT, STEPS = 40, 3
+PROMPT, STEPS = 36, 3
 # Both ways round attention's output to bfloat16, in another order of sums; layers carry it on.
 TOLERANCE = 2e-2
 
@@ -99,7 +99,7 @@ def assert_close(ours, theirs):
 @every_plan
 @pytest.mark.parametrize(
     ("chunk", "room"),
-    [(PROMPT, None), (PROMPT, 64), (30, 64)],
+    [(PROMPT, None), (PROMPT, 64), (33, 64)],
     ids=["grown", "reserved", "chunks"],
 )
 def test_logits_are_those_of_the_reference(model, plan, chunk, room):
@@ -151,9 +151,8 @@ def test_a_mask_of_the_callers_own_is_obeyed_by_the_reference(llama):
                 llama(input_ids[:, PROMPT : PROMPT + 1], **inputs)
 
 
-def test_room_cannot_be_reserved_for_chunked_layers():
+def test_room_cannot_be_reserved_for_recurrent_layers():
     config = tiny_config("gemma3")
-    config.layer_types = ["chunked_attention", "full_attention"] * 2
-    config.attention_chunk_size = 16
+    config.layer_types = ["linear_attention", "full_attention"] * 2
     with pytest.raises(UnsupportedModelError, match="must be full or sliding attention"):
         QuantizedCache([EXACT] * 4, config, max_tokens=64)

@@ -205,6 +205,11 @@ class QuantizedCache(Cache):  # type: ignore[misc]
             for layer in layers
         )
 
+    def check_finite(self) -> None:
+        """Raise ``CalibrationError`` if decode steps brought states that are not finite."""
+        for layer in self.packed_layers.values():
+            layer.check_finite()
+
     def count_replayed_step(self) -> None:
         """Count a decode step that a captured graph replays."""
         for layer in self.packed_layers.values():

@@ -335,6 +335,7 @@ class PackedLayer:
         """Count a step that a captured graph replays: the device has done what a step does."""
         assert self._stepper is not None
         self.num_tokens += 1
+        self._stepper.count_replayed(self.num_tokens)
 
     def expect_tokens(self, num_tokens: int) -> None:
         """Launch the next steps so that they suit rows of up to ``num_tokens``."""

@@ -34,6 +34,10 @@ class Clock:
             self.device_tokens.fill_(num_tokens)
         self.num_tokens = num_tokens
 
+    def count_replayed(self, num_tokens: int) -> None:
+        """Note that a captured graph has brought the device to ``num_tokens``."""
+        self.num_tokens = num_tokens
+
 
 class Clocks:
     """One clock per device, shared by the layers of a cache: they count the same tokens."""
@@ -113,6 +117,10 @@ class Stepper:
         for group in self._states.groups:
             append_token(self._states, group, key_states, value_states, self.flags, limits)
         return self._states
+
+    def count_replayed(self, num_tokens: int) -> None:
+        """Note that a captured graph has appended up to ``num_tokens``."""
+        self._clock.count_replayed(num_tokens)
 
     def expect_tokens(self, num_tokens: int) -> None:
         """Launch the next steps so that they suit rows of up to ``num_tokens``."""

@@ -1,0 +1,132 @@
+"""How shapes run: a pure function, within what the kernels can launch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbits.attention.triton import schedule as schedules
+from kvbits.attention.triton.schedule import Shape, SideShape, choose
+from kvbits.codecs import Affine, Identity
+from kvbits.layer_plan import LayerPlan
+
+
+@st.composite
+def shapes(draw):
+    head_dim = draw(st.sampled_from(schedules.HEAD_DIMS))
+    key_bits, value_bits = (draw(st.sampled_from(schedules.BITS)) for _ in range(2))
+    key_group = draw(st.sampled_from((0, *schedules.KEY_GROUPS))) if key_bits < 16 else 0
+    groups = draw(st.sampled_from(schedules.VALUE_GROUPS)) if value_bits < 16 else 1
+    return Shape(
+        key=SideShape(key_bits, key_group, 1, head_dim),
+        value=SideShape(value_bits, 0, groups, head_dim),
+        group_queries=draw(st.integers(1, schedules.MAX_GROUP_QUERIES)),
+        num_queries=draw(st.sampled_from((1, 1, 1, 2, 7, 128, 2048))),
+        rows=draw(st.integers(1, 2048)),
+        num_tokens=draw(st.integers(0, 1 << 20)),
+        exact_tokens=draw(st.integers(0, 300)),
+    )
+
+
+@given(shapes(), st.sampled_from((48, 108, 132, 160)))
+def test_every_choice_can_be_launched(shape, multiprocessors):
+    plan = choose(shape, multiprocessors)
+    assert plan == choose(shape, multiprocessors)
+    tiles = max(1, -(-shape.num_tokens // plan.tile))
+    assert 1 <= plan.splits <= min(tiles, schedules.MAX_SPLITS)
+    assert 1 <= plan.exact_splits <= 5
+    assert plan.tile in {32, 64, 128}
+    if shape.key.key_group:
+        assert shape.key.key_group % plan.tile == 0  # a tile has one group's scales
+    assert plan.columns & (plan.columns - 1) == 0
+    if plan.form == "int8":
+        assert shape.num_queries == 1
+        assert plan.columns >= shape.group_queries
+        assert max(shape.key.bits, shape.value.bits) < 16
+    assert plan.num_stages == 2 * plan.depth + 1
+
+
+@given(st.lists(st.integers(0, 4096), min_size=1, max_size=64), st.integers(1, 256))
+def test_a_split_takes_enough_tiles_for_splits_to_suffice(tiles, splits):
+    least = schedules.tiles_per_split(tiles, splits)
+    assert least >= 1
+    assert least * splits * len(tiles) <= max(sum(tiles), splits * len(tiles))
+
+
+def serving_shape(rows, context, key_bits, value_bits, **changes):
+    fields = {
+        "key": SideShape(key_bits, 0, 1, 128),
+        "value": SideShape(value_bits, 0, 1, 128),
+        "group_queries": 4,
+        "num_queries": 1,
+        "rows": 8 * rows,
+        "num_tokens": context,
+        "exact_tokens": 65,
+    }
+    return Shape(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        (serving_shape(8, 32768, 4, 4), "int8"),
+        (serving_shape(8, 32768, 3, 2), "int8"),
+        (serving_shape(8, 32768, 4, 4, group_queries=8), "fp16"),
+        (serving_shape(8, 32768, 2, 2, group_queries=8, key=SideShape(2, 64, 1, 128)), "int8"),
+        (serving_shape(8, 32768, 16, 16), "fp16"),
+        (serving_shape(8, 32768, 16, 4), "fp16"),
+        (serving_shape(8, 32768, 4, 4, num_queries=8), "fp16"),
+    ],
+)
+def test_each_form_runs_where_it_is_faster(shape, form):
+    assert choose(shape).form == form
+
+
+def test_small_batches_are_split_and_large_ones_are_not():
+    splits = [choose(serving_shape(rows, 32768, 4, 4)).splits for rows in (1, 8, 64, 256)]
+    assert splits == sorted(splits, reverse=True)
+    assert splits[0] > 64
+    assert splits[-1] == 1
+
+
+def test_a_schedule_says_what_it_is():
+    assert str(choose(serving_shape(1, 64, 4, 4))) == "int8, 64-token tiles, 1 splits"
+
+
+@pytest.mark.parametrize(
+    ("codec", "side", "head_dim", "rule"),
+    [
+        (Affine(bits=4, symmetric=True), "key", 128, "key codec must be affine"),
+        (Affine(bits=4, parameter_dtype="float32"), "value", 128, "value codec must be affine"),
+        (Affine(bits=4), "key", 80, "head_dim must be one of"),
+        (Affine(bits=4, granularity="per_channel", group_size=16), "key", 128, "group_size"),
+        (Affine(bits=4, granularity="per_channel", group_size=32), "value", 128, "per token"),
+        (Affine(bits=4, group_size=32), "key", 128, "keys must have one scale per token"),
+        (Affine(bits=4, group_size=16), "value", 128, "values must have one of"),
+        (Affine(bits=4, group_size=48), "value", 96, "scale groups must be a power of two"),
+    ],
+)
+def test_what_no_kernel_reads_is_named(codec, side, head_dim, rule):
+    assert rule in schedules.unsupported_side(codec, side, head_dim)
+
+
+@pytest.mark.parametrize("head_dim", schedules.HEAD_DIMS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_kernels_read_has_no_objection(bits, head_dim):
+    for key in (Affine(bits=bits), Affine(bits=bits, granularity="per_channel", group_size=64)):
+        for value in (Affine(bits=bits), Identity()):
+            assert schedules.unsupported(LayerPlan.uniform(key, value), head_dim, head_dim) is None
+    assert schedules.unsupported_heads(16) is None
+    assert "at most 16, got 17" in schedules.unsupported_heads(17)
+
+
+def test_choosing_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import kvbits.attention.triton.schedule, "
+        "kvbits.attention.api, kvbits.cache.hf, kvbits.generation, kvbits.cli"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
