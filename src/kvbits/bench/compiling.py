@@ -1,50 +1,95 @@
-"""Compile the kernels of many cells at once, in processes, before anything is timed."""
+"""Compile kernels ahead of a measurement, in processes: Triton keeps them on disk."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from kvbits.attention.triton.schedule import Schedule
-from kvbits.bench.kernels import Cell
+import torch
 
-Job = tuple[Cell, Schedule | None]
+from kvbits.attention.api import attend as attend_states
+from kvbits.bench.kernels import Cell, random_query, random_states
+from kvbits.cache.layer import PackedLayer
+from kvbits.geometry import LayerGeometry
+from kvbits.layer_plan import LayerPlan
+from kvbits.plan import CachePlan
+
+TOKENS = 700  # enough for a packed page under any plan
 
 
-def compile_ahead(jobs: Sequence[Job], *, processes: int | None = None) -> list[str]:
+class LayerJob(NamedTuple):
+    """One layer of a model under its plan."""
+
+    plan: LayerPlan
+    layer: LayerGeometry
+    num_query_heads: int
+
+
+def compile_ahead(jobs: Iterable[Cell | LayerJob], *, processes: int | None = None) -> list[str]:
     """Run every job once on a small batch, so that Triton's cache on disk holds its kernels.
 
     Args:
-        jobs: Cells and how to launch them; None: as shipped.
+        jobs: Cells of a kernel benchmark, or layers; equal ones run once.
         processes: Processes; default: three quarters of the cores.
 
     Returns:
         What failed, one line each.
     """
+    unique = list(dict.fromkeys(_small(job) for job in jobs))
     processes = processes or max(1, (os.cpu_count() or 2) * 3 // 4)
-    parts = [list(jobs[i::processes]) for i in range(processes) if jobs[i::processes]]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(len(parts)) as pool:
+    parts = [unique[i::processes] for i in range(processes) if unique[i::processes]]
+    if not parts:
+        return []
+    with multiprocessing.get_context("spawn").Pool(len(parts)) as pool:
         return [line for lines in pool.map(_compile, parts) for line in lines]
 
 
-def _compile(jobs: Sequence[Job]) -> list[str]:
-    from kvbits.attention.triton.decode import attend
-    from kvbits.bench.kernels import random_query, random_states
+def layer_jobs(plans: Sequence[CachePlan]) -> list[LayerJob]:
+    """The layers of plans that kernels would run."""
+    return [
+        LayerJob(plan, layer, cache_plan.model.num_attention_heads)
+        for cache_plan in plans
+        for plan, layer in zip(cache_plan.layers, cache_plan.model.layers, strict=True)
+        if layer.holds_states
+    ]
 
+
+def _small(job: Cell | LayerJob) -> Cell | LayerJob:
+    if isinstance(job, LayerJob):
+        return job
+    return job._replace(batch=1, context=max(TOKENS, 4 * job.num_queries), shortest=1.0)
+
+
+def _compile(jobs: Sequence[Cell | LayerJob]) -> list[str]:
     failures = []
-    for cell, schedule in jobs:
-        small = cell._replace(batch=1, context=max(512, 4 * cell.key_group) + cell.residual_length)
+    for job in jobs:
+        work: Callable[[Any], None] = _run_cell if isinstance(job, Cell) else _run_layer
         try:
-            attend(
-                random_query(small),
-                random_states(small),
-                1.0,
-                window=small.window or None,
-                schedule=schedule and schedule._replace(splits=2),
-            )
+            work(job)
+            torch.cuda.synchronize()
         except Exception as error:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
-            failures.append(f"{cell.name} {schedule}: {line[:200]}")
+            failures.append(f"{job}: {line[:200]}")
     return failures
+
+
+def _run_cell(cell: Cell) -> None:
+    from kvbits.attention.triton.decode import attend
+
+    attend(random_query(cell), random_states(cell), 1.0, window=cell.window or None)
+
+
+def _run_layer(job: LayerJob) -> None:
+    """A prompt, a step, and attention over both."""
+    layer = PackedLayer(job.plan, max_tokens=TOKENS + 1)
+    heads = job.layer.num_key_value_heads
+    for num_tokens in (TOKENS, 1):
+        keys, values = (
+            torch.randn(1, num_tokens, heads, width, device="cuda", dtype=torch.bfloat16)
+            for width in (job.layer.key_head_dim, job.layer.value_head_dim)
+        )
+        states = layer.update(keys.transpose(1, 2), values.transpose(1, 2))
+    query = torch.randn(1, job.num_query_heads, 1, job.layer.key_head_dim, device="cuda")
+    attend_states(query.to(torch.bfloat16), states, None, 1.0, window=job.layer.sliding_window)

@@ -6,7 +6,7 @@ residual and the schedule a user gets. Layers are rotated so that each finds its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,15 @@ from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.decode import attend
 from kvbits.attention.triton.schedule import Schedule
-from kvbits.bench.timing import ReadFloor, graph_time_us
+from kvbits.bench.timing import graph_time_us
 from kvbits.codecs import Affine, AnyCodec, Identity
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import LayerPlan, Side
 
 LEAST_BYTES = 400 << 20  # over all layers of a cell: several times the cache of the GPU
 MAX_LAYERS = 48
+DEPTHS = (1, 2, 3)
+SPLIT_FACTORS = (0.5, 0.75, 0.9, 1, 1.15, 1.33, 1.6, 2)
 
 
 class Cell(NamedTuple):
@@ -196,15 +198,6 @@ def states_bytes(states: KernelStates) -> int:
     return total + exact * states.num_heads * 4 * states.tails[0].shape[-1]
 
 
-class Timed(NamedTuple):
-    """A measured cell."""
-
-    cell: Cell
-    time_us: float
-    num_bytes: int
-    schedule: str
-
-
 def schedule_of(cell: Cell, states: KernelStates) -> Schedule:
     """What the shipped heuristic chooses."""
     group = states.groups[0]
@@ -248,14 +241,16 @@ class CellBench:
 
         return graph_time_us([call(states) for states in self.layers])
 
-    def variants(self) -> Iterator[Schedule]:
-        """Schedules around the shipped one, to find out what it leaves."""
+    def best(self) -> tuple[float, Schedule]:
+        """Least time of schedules around the shipped one: what the heuristic leaves."""
         shipped = self.shipped
         tiles = -(-max(self.layers[0].packed) // shipped.tile)
-        for depth in (1, 2, 3, 4):
-            for factor in (0.5, 0.75, 1, 1.5, 2):
-                splits = max(1, min(tiles, round(shipped.splits * factor)))
-                yield shipped._replace(depth=depth, splits=splits)
+        wanted = {round(shipped.splits * factor) for factor in SPLIT_FACTORS}
+        splits = sorted({max(1, min(tiles, number)) for number in wanted})
+        tried = [
+            shipped._replace(depth=depth, splits=number) for depth in DEPTHS for number in splits
+        ]
+        return min((self.time_us(schedule), schedule) for schedule in tried)
 
 
 def dense_times_us(batch: int, context: int, cell: Cell) -> dict[str, float]:
@@ -287,9 +282,3 @@ def dense_times_us(batch: int, context: int, cell: Cell) -> dict[str, float]:
         except RuntimeError:
             continue  # this backend does not take the shape
     return found
-
-
-def measure_floor() -> tuple[ReadFloor, float]:
-    """The read kernel, and its bandwidth in GB/s."""
-    floor = ReadFloor()
-    return floor, floor.bandwidth_gb_s()

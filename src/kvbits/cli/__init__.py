@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from kvbits._version import __version__
+from kvbits.cli import bench
 from kvbits.cli.evaluate import evaluate
 from kvbits.cli.failures import OneLineGroup
 from kvbits.cli.generate import generate
@@ -48,6 +49,7 @@ def _root(
 
 for command in (inspect, tune, generate, evaluate, report):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

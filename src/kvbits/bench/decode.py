@@ -1,0 +1,126 @@
+"""Decode speed of a whole model: tokens per second, step time and peak memory by cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from kvbits.bench.workloads import Variant, Workload, cache_bytes, fill
+from kvbits.generation import Generation, generate
+
+SPARE_TOKENS = 8  # steps before the timed ones, and the last, which needs room too
+
+
+def measure(
+    model: Any,
+    variants: Sequence[Variant],
+    workloads: Sequence[Workload],
+    *,
+    is_prompted: bool = False,
+    repeats: int = 1,
+    prefill_chunk: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One record per workload and variant.
+
+    Args:
+        model: A causal language model.
+        variants: Caches to measure.
+        workloads: Batches and contexts.
+        is_prompted: Whether the context is a prompt of random tokens that the model runs, instead
+            of random states that are stored.
+        repeats: Interleaved runs of which the median counts; more than one on machines where
+            other programs run.
+        prefill_chunk: Tokens of a forward of the prompt.
+    """
+    for workload in workloads:
+        runs: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+        for _ in range(repeats):
+            for variant in variants:
+                record = _run(model, variant, workload, is_prompted, prefill_chunk)
+                runs[variant.name].append(record)
+        for variant in variants:
+            yield _median(runs[variant.name])
+
+
+def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run in the middle, with the spread of all."""
+    ordered = sorted(runs, key=lambda run: run.get("step_ms", 0))
+    middle = dict(ordered[len(ordered) // 2])
+    if len(runs) > 1 and "step_ms" in middle:
+        middle["step_ms_spread"] = [ordered[0]["step_ms"], ordered[-1]["step_ms"]]
+        middle["repeats"] = len(runs)
+    return middle
+
+
+def _run(
+    model: Any,
+    variant: Variant,
+    workload: Workload,
+    is_prompted: bool,
+    prefill_chunk: int | None,
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "variant": variant.name,
+        "batch": workload.batch,
+        "context": workload.context,
+        "new_tokens": workload.new_tokens,
+        "is_prompted": is_prompted,
+    }
+    if variant.plan is not None:
+        record["effective_bits"] = round(variant.plan.effective_bits, 4)
+    try:
+        cache, made, seconds = _decode(model, variant, workload, is_prompted, prefill_chunk)
+    except torch.cuda.OutOfMemoryError:
+        _release(model)
+        return record | {"error": "out of memory"}
+    step_ms = made.decode_seconds / made.num_steps * 1e3
+    record |= {
+        "step_ms": round(step_ms, 3),
+        "tokens_per_second": round(workload.batch / step_ms * 1e3, 1),
+        "is_captured": made.is_captured,
+        "cache_bytes": cache_bytes(cache),
+    }
+    if is_prompted:  # everything but compiling and capturing
+        steps = workload.new_tokens - 1
+        whole = made.prefill_seconds + steps * step_ms / 1e3
+        record["prefill_seconds"] = round(made.prefill_seconds, 4)
+        record["generated_per_second"] = round(workload.batch * workload.new_tokens / whole, 1)
+    if model.device.type == "cuda":
+        record["peak_bytes"] = torch.cuda.max_memory_allocated(model.device)
+    record["wall_seconds"] = round(seconds, 2)
+    del cache
+    _release(model)
+    return record
+
+
+def _decode(
+    model: Any,
+    variant: Variant,
+    workload: Workload,
+    is_prompted: bool,
+    prefill_chunk: int | None,
+) -> tuple[Any, Generation, float]:
+    started = time.perf_counter()
+    batch, context, new_tokens = workload
+    is_cuda = model.device.type == "cuda"
+    # On a CPU there is nothing to capture, and exact layers are the stock layers.
+    cache = variant.new_cache(model, context + new_tokens + SPARE_TOKENS if is_cuda else None)
+    width = context
+    if not is_prompted:
+        fill(model, cache, batch, context)
+        width = 1
+    generator = torch.Generator(model.device).manual_seed(0)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    prompt = torch.randint(0, vocabulary, (batch, width), generator=generator, device=model.device)
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    made = generate(model, prompt, cache, max_new_tokens=new_tokens, prefill_chunk=prefill_chunk)
+    return cache, made, time.perf_counter() - started
+
+
+def _release(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,111 @@
+"""Encoding: a prompt into pages, in bytes read and written per second, and one token of a step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbits.attention.triton.quantize import append_prompt, append_token
+from kvbits.bench.kernels import SIDES, Cell, random_states
+from kvbits.bench.timing import graph_time_us
+from kvbits.codecs.pages import PageStore
+
+PROMPTS = ((64, 8192), (1, 32768))
+LAYOUTS = tuple(
+    Cell(1, 1024, bits, bits, key_group=group)
+    for bits, group in ((8, 0), (4, 0), (3, 0), (2, 0), (4, 128), (4, 64), (2, 64), (2, 32))
+)
+APPEND_ROWS = 64  # times 8 heads: 512 rows
+
+
+def measure() -> Iterator[dict[str, Any]]:
+    """One record per layout and side of a prompt, and per layout of a step."""
+    for layout in LAYOUTS:
+        for batch, num_tokens in PROMPTS:
+            cell = layout._replace(batch=batch, context=num_tokens)
+            for side in SIDES if cell.key_group == 0 else SIDES[:1]:
+                yield _prompt_record(cell, side)
+                torch.cuda.empty_cache()
+        yield from _append_records(layout._replace(batch=APPEND_ROWS))
+
+
+def _prompt_record(cell: Cell, side: Any) -> dict[str, Any]:
+    states = torch.randn(cell.batch, cell.context, cell.num_heads, cell.head_dim, device="cuda")
+    states = states.to(torch.bfloat16).transpose(1, 2)
+    store = PageStore(
+        cell.plan.groups[0].codec(side),
+        side=side,
+        num_heads=cell.num_heads,
+        head_dim=cell.head_dim,
+        num_rows=cell.batch,
+        dtype=torch.bfloat16,
+        device=states.device,
+        page_tokens=cell.plan.page_tokens,
+    )
+    store.reserve(cell.context)
+
+    def encode() -> None:
+        store.lengths = [0] * cell.batch
+        append_prompt(
+            store,
+            side,
+            states,
+            None,
+            columns=[0] * cell.batch,
+            counts=[cell.context] * cell.batch,
+        )
+
+    time_us = _event_time_us(encode)
+    num_bytes = states.nbytes + store.record_units * 16 * cell.batch * -(
+        -cell.context // store.page_tokens
+    )
+    return {
+        "suite": "prompt",
+        "name": f"{cell.name} {side}",
+        "cell": cell._asdict(),
+        "time_us": round(time_us, 2),
+        "num_bytes": num_bytes,
+        "gb_s": round(num_bytes / time_us / 1e3),
+    }
+
+
+def _append_records(cell: Cell) -> Iterator[dict[str, Any]]:
+    """A step that packs and, where tokens leave in blocks, one that does not."""
+    states = random_states(cell)
+    new = torch.randn(2, cell.batch, cell.num_heads, 1, cell.head_dim, device="cuda")
+    keys, values = new.to(torch.bfloat16)
+    flags = torch.zeros(2, dtype=torch.int32, device="cuda")
+    full = cell.context - (cell.context - cell.residual_length) % states.quantum
+    states.floor.zero_()
+    for is_flush in (True, False) if states.quantum > 1 else (True,):
+        states.clock.fill_(full if is_flush else full - 1)
+
+        def append(keys: Tensor = keys, values: Tensor = values) -> None:
+            append_token(states, states.groups[0], keys, values, flags, (6e4, 6e4))
+
+        yield {
+            "suite": "append",
+            "name": f"{cell.name}{'' if is_flush else ', nothing packed'}",
+            "cell": cell._asdict(),
+            "rows": cell.batch * cell.num_heads,
+            "time_us": round(graph_time_us([append] * 20), 2),
+        }
+
+
+def _event_time_us(call: Any, repeats: int = 9, calls: int = 5) -> float:
+    """Median time of a call between events: it copies numbers from the host, so no graph."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times)
