@@ -214,7 +214,7 @@ def test_capturing_needs_a_gpu_and_room(model):
 
 
 def gpu_model(family="llama"):
-    model = tiny_model(family, num_hidden_layers=2, head_dim=64, max_position_embeddings=4096)
+    model = tiny_model(family, head_dim=64, max_position_embeddings=4096)
     return model.to(torch.bfloat16).cuda()
 
 
@@ -259,8 +259,10 @@ def test_families_are_captured(family):
     cache = QuantizedCache(exact, model.config, max_tokens=120)
     made = generate(model, input_ids, cache, max_new_tokens=50)
     assert made.is_captured
-    stock = generate(model, input_ids, new_cache(model, "stock"), max_new_tokens=50)
-    assert (made.tokens == stock.tokens).float().mean() > 0.8
+    cache = QuantizedCache(exact, model.config, max_tokens=120)
+    plain = generate(model, input_ids, cache, max_new_tokens=50, capture=False)
+    # A schedule made for more tokens may split otherwise: a rounding may turn a tie.
+    assert (made.tokens == plain.tokens).float().mean() > 0.9
 
 
 @pytest.mark.gpu

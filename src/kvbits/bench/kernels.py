@@ -23,8 +23,8 @@ from kvbits.layer_plan import LayerPlan, Side
 
 LEAST_BYTES = 400 << 20  # over all layers of a cell: several times the cache of the GPU
 MAX_LAYERS = 48
-DEPTHS = (1, 2, 3)
-SPLIT_FACTORS = (0.5, 0.75, 0.9, 1, 1.15, 1.33, 1.6, 2)
+DEPTHS = (2, 3)
+SPLIT_FACTORS = (0.5, 0.75, 1, 1.25, 1.5, 2)
 
 
 class Cell(NamedTuple):

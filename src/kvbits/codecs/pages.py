@@ -110,7 +110,11 @@ class PageStore:
         """
         if self._table is None:
             width = self._capacity(max(map(len, self._pages)))
-            offsets = [self._offset(page) for page in range(len(self._references))]
+            units = self.record_units
+            offsets: list[int] = []
+            for chunk in self._chunks:
+                start = self._offset(chunk)
+                offsets += range(start, start + units * len(chunk.records), units)
             rows = [
                 [offsets[page] for page in pages] + [0] * (width - len(pages))
                 for pages in self._pages
@@ -303,12 +307,11 @@ class PageStore:
             begin = end
         return _Chunk(start, records, planes)
 
-    def _offset(self, page: int) -> int:
-        """Where a page lies, in units from the start of the pool."""
-        chunk = self._chunks[self._chunk_of(page)]
+    def _offset(self, chunk: _Chunk) -> int:
+        """Where a chunk's pages start, in units from the start of the pool."""
         distance = chunk.records.data_ptr() - self.pool.data_ptr()
         assert distance % packing.OFFSET_UNIT == 0
-        return distance // packing.OFFSET_UNIT + (page - chunk.start) * self.record_units
+        return distance // packing.OFFSET_UNIT
 
     def _chunk_of(self, page: int) -> int:
         return bisect_right(self._chunks, page, key=lambda chunk: chunk.start) - 1
@@ -398,7 +401,7 @@ class PageStore:
         places = []
         for index in touched:
             chunk = self._chunks[index]
-            local = (offset - self._offset(chunk.start)) // self.record_units
+            local = (offset - self._offset(chunk)) // self.record_units
             if len(touched) == 1:
                 return [_Place(index, local, slot, slice(None))]
             (items,) = torch.nonzero((local >= 0) & (local < len(chunk.records)), as_tuple=True)
