@@ -120,8 +120,7 @@ def _launch_int8(
     coefficients = constants = query  # per-channel keys make theirs from every group's scales
     if not shape.key.key_group:
         coefficients, constants = _prepare(query, states, shape, plan, options)
-    grid = (plan.splits + plan.exact_splits, query.shape[0] * group.key.num_heads)
-    attend_int8[grid](
+    attend_int8[_grid(plan, query.shape[0] * group.key.num_heads)](
         query,
         coefficients,
         constants,
@@ -185,7 +184,7 @@ def _launch_fp16(
 ) -> None:
     column_tiles = -(-shape.num_queries * shape.group_queries // plan.columns)
     rows = query.shape[0] * group.key.num_heads
-    attend_fp16[(plan.splits + plan.exact_splits, rows, column_tiles)](
+    attend_fp16[(*_grid(plan, rows), column_tiles)](
         query,
         *_tensors(states, group),
         *partials,
@@ -254,7 +253,13 @@ def _constants(
         "WINDOW": options["WINDOW"],
         "SOFTCAP": options["SOFTCAP"],
         "COMPILED": options["COMPILED"],
+        "ROWS_FIRST": plan.is_rows_first,
     }
+
+
+def _grid(plan: Schedule, rows: int) -> tuple[int, int]:
+    splits = plan.splits + plan.exact_splits
+    return (rows, splits) if plan.is_rows_first else (splits, rows)
 
 
 def _per_split(states: KernelStates, plan: Schedule) -> int:

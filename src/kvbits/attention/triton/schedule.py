@@ -25,6 +25,7 @@ EXACT_TILE_TOKENS = 16
 MAX_SPLITS = 256
 LARGE_TILE_BYTES = 14_000  # 8-bit keys and values
 SMALL_TILE_BYTES = 5_000  # 2-bit keys and values
+MOST_PROGRAMS = 8  # of one warp that fit a multiprocessor's registers
 SHORT_SPLIT_TILES = 8  # a split of fewer tiles is mostly start and end
 DEFAULT_MULTIPROCESSORS = 132
 
@@ -86,6 +87,8 @@ class Schedule(NamedTuple):
         exact_splits: Programs over its exact tokens.
         num_warps: Warps of a program.
         depth: Tiles a program loads ahead of the one it works on.
+        is_rows_first: Whether programs are numbered row after row within a split, which puts the
+            short ones over exact tokens last.
     """
 
     form: Form
@@ -95,6 +98,7 @@ class Schedule(NamedTuple):
     exact_splits: int
     num_warps: int
     depth: int
+    is_rows_first: bool = False
 
     @property
     def num_stages(self) -> int:
@@ -173,16 +177,17 @@ def choose(shape: Shape, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> Sche
     column_tiles = -(-shape.num_queries * shape.group_queries // columns)
     rows = shape.rows * column_tiles
     exact = -(-shape.exact_tokens // EXACT_TILE_TOKENS)
+    is_rows_first = False
     if shape.num_queries > 1:
-        warps, depth, programs = 4, 1, 4.0
+        warps, depth, splits = 4, 1, int(4 * multiprocessors / rows)
     elif min(shape.key.bits, shape.value.bits) == 16:
-        warps, depth, programs = 2, 2, 1.9
+        warps, depth, splits = 2, 2, int(1.9 * multiprocessors / rows)
     else:
         warps, depth = 1, 2
-        programs = _programs_per_multiprocessor(shape, tile, tiles, rows, multiprocessors)
-    splits = int(programs * multiprocessors / rows)
-    splits = max(1, min(tiles, MAX_SPLITS, splits - (splits >= 8)))  # room for the exact tokens
-    return Schedule(form, tile, columns, splits, _exact_splits(exact, tiles, splits), warps, depth)
+        splits, is_rows_first = _splits(shape, tile, tiles, rows, multiprocessors)
+    splits = max(1, min(tiles, MAX_SPLITS, splits))
+    exact_splits = _exact_splits(exact, tiles, splits)
+    return Schedule(form, tile, columns, splits, exact_splits, warps, depth, is_rows_first)
 
 
 def tiles_per_split(tiles: Sequence[int], splits: int) -> int:
@@ -213,15 +218,25 @@ def _columns(shape: Shape, form: Form) -> int:
     return min(64, _power_of_two(columns, least=8 if shape.num_queries == 1 else 16))
 
 
-def _programs_per_multiprocessor(
+def _splits(
     shape: Shape, tile: int, tiles: int, rows: int, multiprocessors: int
-) -> float:
-    """One-warp programs: enough bytes in flight, and more warps where arithmetic is the limit."""
+) -> tuple[int, bool]:
+    """Splits of one-warp programs, and whether programs are numbered rows first.
+
+    Enough bytes in flight, and more warps where arithmetic is the limit. Programs are dealt to
+    multiprocessors by number: where the short ones, over exact tokens, would not run beside all
+    the long ones, they come last.
+    """
+    room = MOST_PROGRAMS * multiprocessors
     tile_bytes = tile * (shape.key.token_bytes + shape.value.token_bytes)
-    if tile_bytes > LARGE_TILE_BYTES:
-        return 4
     is_short = tiles * rows < 8 * SHORT_SPLIT_TILES * multiprocessors
-    return 4 if is_short and tile_bytes > SMALL_TILE_BYTES else 8
+    is_half = tile_bytes > LARGE_TILE_BYTES or (is_short and tile_bytes > SMALL_TILE_BYTES)
+    splits = room // (2 if is_half else 1) // rows
+    if splits >= 8:
+        return splits - 1, False
+    if splits >= 4 and (splits + 1) * rows <= room:
+        return splits, False
+    return room // rows, True
 
 
 def _exact_splits(exact: int, tiles: int, splits: int) -> int:

@@ -156,6 +156,7 @@ def attend_fp16(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     COMPILED: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attend NQ queries of every row to some of its tokens; grid (splits, B * HS, column tiles).
@@ -164,9 +165,10 @@ def attend_fp16(
     where CAP is 0, ``tail_columns`` columns that end with the newest token. Column c is query
     c // GQ of head c % GQ. A side of 16 bits holds states of the query's own dtype.
     """
-    i_s = tl.program_id(0)
-    i_b = tl.program_id(1) // HS
-    i_hs = tl.program_id(1) % HS  # head in the store; i_h is the same head in the layer
+    i_s = tl.program_id(1 if ROWS_FIRST else 0)
+    i_bh = tl.program_id(0 if ROWS_FIRST else 1)
+    i_b = i_bh // HS
+    i_hs = i_bh % HS  # head in the store; i_h is the same head in the layer
     i_c = tl.program_id(2)
     i_h = i_hs
     if HAS_HEADS:

@@ -267,6 +267,7 @@ def attend_int8(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     COMPILED: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attend one query of every row to a share of its tokens; grid (splits, B * HS).
@@ -274,9 +275,10 @@ def attend_int8(
     The first splits take packed tiles, the last the exact tokens. G: tokens of a per-channel
     key group, 0 for per-token keys. VG: scale groups of a value.
     """
-    i_s = tl.program_id(0)
-    i_b = tl.program_id(1) // HS
-    i_hs = tl.program_id(1) % HS  # head in the store; i_h is the same head in the layer
+    i_s = tl.program_id(1 if ROWS_FIRST else 0)
+    i_bh = tl.program_id(0 if ROWS_FIRST else 1)
+    i_b = i_bh // HS
+    i_hs = i_bh % HS  # head in the store; i_h is the same head in the layer
     i_h = i_hs
     if HAS_HEADS:
         i_h = tl.load(HEADS + i_hs)
