@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvbits.attention import reference
+from kvbits.attention import compiled, reference
 from kvbits.attention.states import KernelStates, LayerStates, SideStates, StepStates, StoreGroup
 from kvbits.attention.triton import schedule
 from kvbits.errors import KernelUnavailableError
 from kvbits.layer_plan import LayerPlan
 
-Impl = Literal["auto", "reference", "triton"]
+Impl = Literal["auto", "reference", "triton", "compiled"]
+KERNEL_IMPLS = ("auto", "triton")
 IMPLS: tuple[Impl, ...] = get_args(Impl)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -53,7 +54,7 @@ def attend(
             the call.
     """
     kernel = None
-    if states.impl != "reference":
+    if states.impl in KERNEL_IMPLS:
         reason = _unsupported_call(query, states, mask is None or is_plain)
         if reason is None:
             kernel = states.kernel if isinstance(states, StepStates) else chunk_states(states)
@@ -70,10 +71,19 @@ def attend(
             query, kernel, scale, softcap=softcap, window=window, sink_logits=sink_logits
         )
     whole = states.resolve() if isinstance(states, StepStates) else states
+    if states.impl == "compiled" and _is_step(whole, mask is None or is_plain, window):
+        step = compiled.attend(query, whole, scale, softcap=softcap, sink_logits=sink_logits)
+        return step.transpose(1, 2)
     output = reference.attend(
         query, whole, mask, scale, softcap=softcap, window=window, sink_logits=sink_logits
     )
     return output.transpose(1, 2).contiguous()
+
+
+def _is_step(states: LayerStates, is_plain: bool, window: int | None) -> bool:
+    """Whether a call is a decode step that sees all of a packed layer."""
+    fits = window is None or int(states.row_lengths.max(initial=0)) <= window
+    return states.num_queries == 1 and bool(states.key.stores) and is_plain and fits
 
 
 def _unsupported_call(
@@ -134,16 +144,23 @@ def resolve_impl(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Impl:
-    """Decide for one layer whether kernels may run: ``reference``, or ``impl`` as given.
+    """Decide what may run one layer: ``reference``, or ``impl`` as given.
 
     Raises:
         ValueError: If ``impl`` is unknown.
-        KernelUnavailableError: If ``impl="triton"`` and no kernel takes the layer.
+        KernelUnavailableError: If ``triton`` or ``compiled`` cannot run the layer.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "reference":
         return impl
+    if impl == "compiled":
+        reason = compiled.unavailable(plan)
+        if reason is None:
+            return impl
+        raise KernelUnavailableError(
+            f"impl='compiled' cannot run this layer: {reason}; pass impl='auto' or 'reference'"
+        )
     reason = unavailable(device, interpreted=impl == "triton")
     if reason is None and dtype not in KERNEL_DTYPES:
         reason = f"states must be bfloat16 or float16, got {dtype}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvbits.attention.api import Impl
 from kvbits.bench.workloads import Variant, Workload, cache_bytes, fill
 from kvbits.generation import Generation, generate
 
@@ -21,7 +22,7 @@ def measure(
     *,
     is_prompted: bool = False,
     repeats: int = 1,
-    prefill_chunk: int | None = None,
+    impl: Impl = "auto",
 ) -> Iterator[dict[str, Any]]:
     """One record per workload and variant.
 
@@ -33,13 +34,13 @@ def measure(
             of random states that are stored.
         repeats: Interleaved runs of which the median counts; more than one on machines where
             other programs run.
-        prefill_chunk: Tokens of a forward of the prompt.
+        impl: See ``CachePlan.new_cache``.
     """
     for workload in workloads:
         runs: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
         for _ in range(repeats):
             for variant in variants:
-                record = _run(model, variant, workload, is_prompted, prefill_chunk)
+                record = _run(model, variant, workload, is_prompted, impl)
                 runs[variant.name].append(record)
         for variant in variants:
             yield _median(runs[variant.name])
@@ -60,7 +61,7 @@ def _run(
     variant: Variant,
     workload: Workload,
     is_prompted: bool,
-    prefill_chunk: int | None,
+    impl: Impl,
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
         "variant": variant.name,
@@ -68,11 +69,12 @@ def _run(
         "context": workload.context,
         "new_tokens": workload.new_tokens,
         "is_prompted": is_prompted,
+        "impl": impl,
     }
     if variant.plan is not None:
         record["effective_bits"] = round(variant.plan.effective_bits, 4)
     try:
-        cache, made, seconds = _decode(model, variant, workload, is_prompted, prefill_chunk)
+        cache, made, seconds = _decode(model, variant, workload, is_prompted, impl)
     except torch.cuda.OutOfMemoryError:
         _release(model)
         return record | {"error": "out of memory"}
@@ -101,13 +103,14 @@ def _decode(
     variant: Variant,
     workload: Workload,
     is_prompted: bool,
-    prefill_chunk: int | None,
+    impl: Impl,
 ) -> tuple[Any, Generation, float]:
     started = time.perf_counter()
     batch, context, new_tokens = workload
     is_cuda = model.device.type == "cuda"
     # On a CPU there is nothing to capture, and exact layers are the stock layers.
-    cache = variant.new_cache(model, context + new_tokens + SPARE_TOKENS if is_cuda else None)
+    room = context + new_tokens + SPARE_TOKENS if is_cuda else None
+    cache = variant.new_cache(model, room, impl)
     width = context
     if not is_prompted:
         fill(model, cache, batch, context)
@@ -117,7 +120,7 @@ def _decode(
     prompt = torch.randint(0, vocabulary, (batch, width), generator=generator, device=model.device)
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
-    made = generate(model, prompt, cache, max_new_tokens=new_tokens, prefill_chunk=prefill_chunk)
+    made = generate(model, prompt, cache, max_new_tokens=new_tokens)
     return cache, made, time.perf_counter() - started
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache
 
+from kvbits.attention.api import Impl
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.plan.modes import Mode
@@ -29,11 +30,11 @@ class Variant(NamedTuple):
     name: str
     plan: CachePlan | None
 
-    def new_cache(self, model: Any, max_tokens: int | None = None) -> Any:
+    def new_cache(self, model: Any, max_tokens: int | None = None, impl: Impl = "auto") -> Any:
         """An empty cache of this kind."""
         if self.plan is None:
             return DynamicCache(config=model.config)
-        return self.plan.new_cache(model, max_tokens=max_tokens)
+        return self.plan.new_cache(model, max_tokens=max_tokens, impl=impl)
 
 
 def parse_variant(text: str, config: Any) -> Variant:

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from kvbits.attention.api import Impl
+from kvbits.attention.api import KERNEL_IMPLS, Impl
 from kvbits.attention.states import StatesHandle
 from kvbits.cache.layer import PackedLayer
 from kvbits.cache.stepping import Clocks
@@ -201,7 +201,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         """Whether every layer that has states appends and attends by kernels alone."""
         layers = [layer for layer in self.layers if layer.is_initialized]
         return bool(layers) and all(
-            isinstance(layer, PackedCacheLayer) and layer.packed.impl != "reference"
+            isinstance(layer, PackedCacheLayer) and layer.packed.impl in KERNEL_IMPLS
             for layer in layers
         )
 

@@ -9,53 +9,19 @@ chunked append equal one append.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvbits.attention.api import Impl, resolve_impl
-from kvbits.attention.states import LayerStates, SideStates, StepStates, StoreGroup, take_columns
-from kvbits.cache.ring import Ring
+from kvbits.attention.api import KERNEL_IMPLS, Impl, resolve_impl
+from kvbits.attention.states import LayerStates, SideStates, StepStates, StoreGroup
+from kvbits.cache.side import SideStorage, below
 from kvbits.cache.stepping import Clocks, Stepper
 from kvbits.codecs.pages import PageStore
 from kvbits.errors import CalibrationError
 from kvbits.layer_plan import SIDES, IntArray, LayerPlan, Side
-
-
-@dataclass
-class _SideStorage:
-    """Keys or values of the layer: packed stores per head group, sinks, residual."""
-
-    stores: list[tuple[PageStore, Tensor | None]]
-    sinks: Tensor  # [B, H_kv, S, D], by row position
-    ring: Ring  # exact tokens beyond the sinks
-
-    @property
-    def packed(self) -> IntArray:
-        """Packed tokens of every row."""
-        return np.asarray(self.stores[0][0].lengths, dtype=np.int64)
-
-    def append(self, states: Tensor, rows: Sequence[int]) -> None:
-        """Encode ``[n, H_kv, T, D]`` into the stores of each head group."""
-        for store, heads in self.stores:
-            store.append(states if heads is None else states[:, heads], rows)
-
-    def append_rows(
-        self, side: Side, states: Tensor, columns: Sequence[int], counts: Sequence[int]
-    ) -> None:
-        """Encode ``counts[b]`` tokens of every row from ``columns[b]`` on, by kernels."""
-        from kvbits.attention.triton.quantize import append_prompt
-
-        for store, heads in self.stores:
-            append_prompt(store, side, states, heads, columns=columns, counts=counts)
-
-    @property
-    def nbytes(self) -> int:
-        packed = sum(store.nbytes for store, _ in self.stores)
-        return packed + self.sinks.nbytes + self.ring.buffer.nbytes
 
 
 class PackedLayer:
@@ -67,7 +33,7 @@ class PackedLayer:
         quantize_prefill: Whether a query of a multi-token update sees decoded states for what
             would be packed by its step, as one-token decoding does, instead of the exact states of
             the chunk it arrived in.
-        impl: ``reference``, ``triton``, or ``auto``: kernels where they can run.
+        impl: See ``CachePlan.new_cache``.
         max_tokens: Reserve pages for this many tokens a row when the first arrive.
         clocks: Counters of tokens, shared by the layers of a cache.
     """
@@ -94,7 +60,7 @@ class PackedLayer:
         self.peak_nbytes = 0
         self.is_recording = False
         self._padding: list[int] = []
-        self._sides: dict[Side, _SideStorage] = {}
+        self._sides: dict[Side, SideStorage] = {}
         self._nonfinite: Tensor | None = None
         self._stepper: Stepper | None = None
 
@@ -214,31 +180,10 @@ class PackedLayer:
             dtype=new["key"].dtype,
             device=new["key"].device,
         )
-        self._sides = {side: self._empty_side(side, new[side]) for side in SIDES}
-
-    def _empty_side(self, side: Side, states: Tensor) -> _SideStorage:
-        batch, num_heads, _, head_dim = states.shape
-        stores: list[tuple[PageStore, Tensor | None]] = []
-        for group in self.plan.groups:
-            heads = None
-            if group.heads is not None:
-                heads = torch.tensor(group.heads, device=states.device)
-            store = PageStore(
-                group.codec(side),
-                side=side,
-                num_heads=num_heads if group.heads is None else len(group.heads),
-                head_dim=head_dim,
-                num_rows=batch,
-                dtype=states.dtype,
-                device=states.device,
-                page_tokens=self.plan.page_tokens,
-            )
-            if self.max_tokens is not None:
-                most = self.plan.packed_lengths(np.array([self.max_tokens]))
-                store.reserve(int(most.key[0] if side == "key" else most.value[0]))
-            stores.append((store, heads))
-        sinks = states.new_zeros(batch, num_heads, self.plan.sink_tokens, head_dim)
-        return _SideStorage(stores, sinks, Ring(states, self.plan.exact_capacity))
+        self._sides = {
+            side: SideStorage.empty(self.plan, side, new[side], max_tokens=self.max_tokens)
+            for side in SIDES
+        }
 
     def _check_shapes(self, new: dict[Side, Tensor]) -> None:
         for side, states in new.items():
@@ -293,7 +238,7 @@ class PackedLayer:
 
     def _may_step(self) -> bool:
         """Whether one more token may be appended by a kernel alone."""
-        if self.impl == "reference" or self.is_recording or self.num_tokens == 0:
+        if self.impl not in KERNEL_IMPLS or self.is_recording or self.num_tokens == 0:
             return False
         if self._stepper is None and self._is_settled():
             self._stepper = self._new_stepper()
@@ -425,15 +370,7 @@ class PackedLayer:
         if before.min(initial=self.plan.sink_tokens) >= self.plan.sink_tokens:
             return
         for side in SIDES:
-            storage = self._sides[side]
-            device = storage.sinks.device
-            held = torch.from_numpy(before).to(device)[:, None]
-            position = torch.arange(self.plan.sink_tokens, device=device)
-            shift = tails[side].shape[-2] - self.num_tokens
-            column = position + torch.tensor(self._padding, device=device)[:, None] + shift
-            from_tail = take_columns(tails[side], column)
-            is_held = (position < held)[:, None, :, None]
-            storage.sinks.copy_(torch.where(is_held, storage.sinks, from_tail))
+            self._sides[side].fill_sinks(tails[side], before, self._padding, self.num_tokens)
 
     def _flush(self, tails: dict[Side, Tensor]) -> dict[Side, Tensor]:
         """Pack what has left the residual window; keep and return the rest, the new tails."""
@@ -448,29 +385,14 @@ class PackedLayer:
             due = packed
             if not self.is_recording:
                 due = np.maximum(packed, self.plan.packed_lengths(lengths)[index])
-            self._pack(side, tail, packed, due - packed)
+            start = np.asarray(self._padding) + self.plan.sink_tokens + packed  # of all tokens
+            columns = tail.shape[-2] - self.num_tokens + start
+            by_kernels = self.impl in KERNEL_IMPLS
+            storage.pack(tail, columns, due - packed, by_kernels=by_kernels)
             width = int(self._num_exact(lengths, due).max(initial=0))
             kept[side] = tail[:, :, tail.shape[-2] - width :]
             storage.ring.store(kept[side], self._padding, self.num_tokens)
         return kept
-
-    def _pack(self, side: Side, tail: Tensor, packed: IntArray, counts: IntArray) -> None:
-        """Encode the oldest ``counts`` tokens of every row's tail; rows in step go together."""
-        storage = self._sides[side]
-        start = np.asarray(self._padding) + self.plan.sink_tokens + packed  # logical positions
-        columns = tail.shape[-2] - self.num_tokens + start
-        if self.impl != "reference":
-            storage.append_rows(side, tail, columns.tolist(), counts.tolist())
-            return
-        for column, count in sorted({*zip(columns.tolist(), counts.tolist(), strict=True)}):
-            rows = [
-                row
-                for row in range(len(counts))
-                if counts[row] == count and columns[row] == column
-            ]
-            if count:
-                states = tail[rows] if len(rows) < len(counts) else tail
-                storage.append(states[:, :, column : column + count], rows)
 
     # ----- taking tokens away, moving rows
 
@@ -505,9 +427,7 @@ class PackedLayer:
             width = int(self._num_exact(lengths, left).max(initial=0))
             tail = former.dense(side, self.num_tokens - width, self.num_tokens)
             storage.ring.store(tail.to(storage.sinks.dtype), self._padding, self.num_tokens)
-            for row, length in enumerate(left.tolist()):
-                for store, _ in storage.stores:
-                    store.truncate(row, length)
+            storage.truncate(left)
 
     def map_rows(self, index: Sequence[int]) -> None:
         """Make row i a copy of what row ``index[i]`` was (reorder, repeat, select)."""
@@ -516,26 +436,14 @@ class PackedLayer:
         if not self.is_initialized:
             return
         self._padding = [self._padding[i] for i in index]
-        for side in SIDES:
-            storage = self._sides[side]
-            rows = torch.tensor(list(index), device=storage.sinks.device)
-            storage.ring.buffer = storage.ring.buffer.index_select(0, rows)
-            storage.sinks = storage.sinks.index_select(0, rows)
-            for store, _ in storage.stores:
-                store.map_rows(index)
+        for storage in self._sides.values():
+            storage.map_rows(index)
 
     def to(self, device: torch.device) -> None:
         """Move all states to ``device``."""
         self._end_steps()
         for storage in self._sides.values():
-            storage.ring.buffer = storage.ring.buffer.to(device, non_blocking=True)
-            storage.sinks = storage.sinks.to(device, non_blocking=True)
-            storage.stores = [
-                (store, None if heads is None else heads.to(device))
-                for store, heads in storage.stores
-            ]
-            for store, _ in storage.stores:
-                store.to(device)
+            storage.to(device)
 
     # ----- saving
 
@@ -554,10 +462,8 @@ class PackedLayer:
         }
         tails = self._tails()
         for side, storage in self._sides.items():
-            tensors[f"{side}.sinks"], tensors[f"{side}.tail"] = storage.sinks, tails[side]
-            for index, (store, _) in enumerate(storage.stores):
-                for name, plane in store.export_pages().items():
-                    tensors[f"{side}.{index}.{name}"] = plane
+            states = storage.export() | {"tail": tails[side]}
+            tensors |= {f"{side}.{name}": states[name] for name in states}
         return tensors, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -570,13 +476,5 @@ class PackedLayer:
         self.num_tokens = int(facts["num_tokens"])
         self.num_reencoded_tokens = int(facts["num_reencoded_tokens"])
         for side, storage in self._sides.items():
-            storage.sinks = tensors[f"{side}.sinks"]
+            storage.restore(below(tensors, side), facts["packed"][side])
             storage.ring.store(new[side], self._padding, self.num_tokens)
-            for index, (store, _) in enumerate(storage.stores):
-                prefix = f"{side}.{index}."
-                planes = {
-                    name.removeprefix(prefix): plane
-                    for name, plane in tensors.items()
-                    if name.startswith(prefix)
-                }
-                store.import_pages(planes, facts["packed"][side])

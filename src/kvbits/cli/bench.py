@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli.failures import OneLineGroup, one_line_errors
-from kvbits.cli.options import DeviceName, Dtype, DtypeName, ModelName, Verbose
+from kvbits.cli.options import DeviceName, Dtype, DtypeName, Impl, ImplName, ModelName, Verbose
 
 if TYPE_CHECKING:
     from kvbits.bench.workloads import Variant
@@ -93,6 +93,7 @@ def decode(
         typer.Option(help="Run the context through the model instead of storing random states."),
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved runs; the median counts.")] = 1,
+    impl: ImplName = Impl.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU.")] = None,
     output: OutputDir = DEFAULT_OUTPUT,
     device: DeviceName = "auto",
@@ -117,6 +118,7 @@ def decode(
         [Workload(*each, new_tokens) for each in shapes],
         is_prompted=prompt,
         repeats=repeats,
+        impl=impl.value,
     )
     columns = DECODE_COLUMNS + (("generated_per_second",) if prompt else ()) + BYTES_COLUMNS
     path = output / "decode.jsonl"

@@ -26,6 +26,18 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Impl(StrEnum):
+    """What runs attention over packed states; the values are those of ``attention.api.IMPLS``."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TRITON = "triton"
+    COMPILED = "compiled"
+
+
+ImplName = Annotated[
+    Impl, typer.Option(help="auto: kernels on a GPU; compiled: torch.compile, for CPUs.")
+]
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, or a Hugging Face id.")
 ]

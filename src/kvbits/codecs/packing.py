@@ -80,18 +80,22 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     """Undo ``pack_bits``: uint8 ``[..., D * bits // 8]`` to uint8 ``[..., D]``."""
+    return torch.cat(unpack_runs(packed, bits), -1)
+
+
+def unpack_runs(packed: Tensor, bits: int) -> list[Tensor]:
+    """Codes by equal runs of channels, in order: each uint8 ``[..., D / number of runs]``."""
     packed = packed ^ _SIGN
     if bits == 8:
-        return packed
+        return [packed]
     if bits == 3:
         plane_0, plane_2, plane_1 = packed.chunk(3, -1)
         c6 = plane_0 >> 6 | (plane_1 >> 4 & 4)
         c7 = plane_1 >> 7 | (plane_2 >> 5 & 6)
         low = (plane_0, plane_1, plane_2)
-        c0_to_c5 = [part for plane in low for part in (plane & 7, plane >> 3 & 7)]
-        return torch.cat((*c0_to_c5, c6, c7), -1)
+        return [*(part for plane in low for part in (plane & 7, plane >> 3 & 7)), c6, c7]
     mask = 2**bits - 1
-    return torch.cat([packed >> shift & mask for shift in range(0, 8, bits)], -1)
+    return [packed >> shift & mask for shift in range(0, 8, bits)]
 
 
 def value_positions(tokens: int) -> Tensor:

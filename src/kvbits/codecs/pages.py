@@ -79,6 +79,7 @@ class PageStore:
         self._chunks: list[_Chunk] = []
         self._reserved_pages = 0
         self._table: Tensor | None = None  # where pages lie, on the device; see ``table``
+        self._ids: Tensor | None = None  # page ids of the table, while the pool is one chunk
         self._positions = torch.arange(self.page_tokens, device=device)
         if self._is_transposed:
             self._positions = packing.value_positions(self.page_tokens).to(device)
@@ -120,7 +121,7 @@ class PageStore:
                 for pages in self._pages
             ]
             table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)
-            self._table = table.to(self.device, non_blocking=True)
+            self._table, self._ids = table.to(self.device, non_blocking=True), None
         return self._table
 
     def append(self, states: Tensor, rows: Sequence[int] | None = None) -> None:
@@ -151,6 +152,18 @@ class PageStore:
         held = torch.tensor(self.lengths, device=self.device)[:, None]
         is_held = torch.arange(start, stop, device=self.device) < held  # [B, T]
         return decoded.masked_fill(~is_held[:, None, :, None], 0)  # never NaN from unwritten bytes
+
+    def view_pages(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The first ``count`` pages of every row where they lie: planes, and ids ``[B, count]``.
+
+        A pool in several pieces is gathered into one. Places a row does not use name some page.
+        """
+        if len(self._chunks) == 1 and count <= self.table.shape[1]:
+            if self._ids is None:
+                self._ids = self.table // self.record_units
+            return self._chunks[0].planes, self._ids[:, :count]
+        ids = torch.arange(count * len(self.lengths), device=self.device)
+        return self._gather(0, count), ids.unflatten(0, (-1, count))
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of ``row`` from ``length`` on (a multiple of the codec's block)."""
@@ -388,6 +401,8 @@ class PageStore:
     def _places(self, rows: list[int], starts: list[int], count: int, step: int) -> list[_Place]:
         """Where ``count`` items per row go, each covering ``step`` tokens from ``starts`` on."""
         per_page = self.page_tokens // step
+        if count == 1:
+            return self._places_of_one(rows, [start // step for start in starts], per_page)
         first = torch.tensor([start // step for start in starts], device=self.device)
         item = first[:, None] + torch.arange(count, device=self.device)  # [n, N]
         offsets = self.table[torch.tensor(rows, device=self.device)]
@@ -406,6 +421,21 @@ class PageStore:
                 return [_Place(index, local, slot, slice(None))]
             (items,) = torch.nonzero((local >= 0) & (local < len(chunk.records)), as_tuple=True)
             places.append(_Place(index, local[items], slot[items], items))
+        return places
+
+    def _places_of_one(self, rows: list[int], items: list[int], per_page: int) -> list[_Place]:
+        """Where one item per row goes: a decode step, worth a short way."""
+        pages = [self._pages[row][item // per_page] for row, item in zip(rows, items, strict=True)]
+        chunks = [self._chunk_of(page) for page in pages]
+        slot = torch.tensor([item % per_page for item in items], device=self.device)
+        places = []
+        for index in sorted(set(chunks)):
+            own = [i for i, chunk in enumerate(chunks) if chunk == index]
+            start = self._chunks[index].start
+            page = torch.tensor([pages[i] - start for i in own], device=self.device)
+            is_all = len(own) == len(chunks)
+            chosen = slice(None) if is_all else torch.tensor(own, device=self.device)
+            places.append(_Place(index, page, slot[chosen], chosen))
         return places
 
     def _scatter(self, name: str, values: Tensor, places: list[_Place], is_inner: bool) -> None:

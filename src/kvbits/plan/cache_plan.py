@@ -238,7 +238,8 @@ class CachePlan(BaseModel):
                 what one-token decoding would have packed by then; needs ``kvbits.enable(model)``.
             impl: ``auto`` appends and attends by kernels where they can run (a CUDA device,
                 16-bit states, a layout they read) and by plain PyTorch elsewhere; ``triton``
-                refuses the latter, ``reference`` the former.
+                refuses the latter, ``reference`` the former. ``compiled`` attends by
+                ``torch.compile``: many times faster on a CPU, once each layout has been compiled.
             max_tokens: Reserve room for this many tokens a row, padding included, so that decoding
                 allocates nothing and can be captured in a CUDA graph.
 
