@@ -81,9 +81,10 @@ def attend(
 
 
 def _is_step(states: LayerStates, is_plain: bool, window: int | None) -> bool:
-    """Whether a call is a decode step that sees all of a packed layer."""
-    fits = window is None or int(states.row_lengths.max(initial=0)) <= window
-    return states.num_queries == 1 and bool(states.key.stores) and is_plain and fits
+    """Whether a call is a decode step that sees all of a layer, of which something is packed."""
+    sees_all = window is None or int(states.row_lengths.max(initial=0)) <= window
+    is_packed = max(states.key.stores[0][0].lengths) > 0
+    return states.num_queries == 1 and is_plain and sees_all and is_packed
 
 
 def _unsupported_call(
@@ -155,7 +156,7 @@ def resolve_impl(
     if impl == "reference":
         return impl
     if impl == "compiled":
-        reason = compiled.unavailable(plan)
+        reason = compiled.unavailable(plan, device)
         if reason is None:
             return impl
         raise KernelUnavailableError(

@@ -41,8 +41,10 @@ class _Pages(NamedTuple):
     ids: Tensor
 
 
-def unavailable(plan: LayerPlan) -> str | None:
+def unavailable(plan: LayerPlan, device: torch.device) -> str | None:
     """Why a layer cannot be compiled, as ``<name> must <rule>, got <value>``; None if it can."""
+    if device.type != "cpu":
+        return f"device must be cpu, got {device}"
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         return "a C++ compiler must be on the PATH, got none"
     if plan.flush != "joint":
@@ -68,7 +70,8 @@ def attend(
 
     Args:
         query: ``[B, H_q, 1, D]``.
-        states: From a decode step of a layer that ``unavailable`` has nothing against.
+        states: From a decode step of a layer that ``unavailable`` has nothing against, and of
+            which something is packed.
         scale: Factor on the scores.
         softcap: As in ``reference.attend``.
         sink_logits: ``[H_q]``.
@@ -81,15 +84,15 @@ def attend(
     keys, values, is_exact = _exact(states)
     outputs, order = [], []
     for (key, heads), (value, _) in zip(states.key.stores, states.value.stores, strict=True):
-        own = (grouped, keys, values)
+        own, own_logits = (grouped, keys, values), logits
         if heads is not None:
             own = (grouped[:, heads], keys[:, heads], values[:, heads])
-            logits = None if logits is None else logits[heads]
+            own_logits = None if logits is None else logits[heads]
             order.append(heads)
-        count = max(1, -(-max(key.lengths) // key.page_tokens))
+        count = -(-max(key.lengths) // key.page_tokens)
         weigh, add = _compiled(_side(key), _side(value), softcap)
         lengths, pages = torch.tensor(key.lengths), _pages(value, count)
-        weights, exact = weigh(*own, is_exact, lengths, _pages(key, count), pages, logits)
+        weights, exact = weigh(*own, is_exact, lengths, _pages(key, count), pages, own_logits)
         outputs.append(add(weights, exact, pages))
     output = outputs[0] if not order else torch.cat(outputs, 1)[:, torch.cat(order).argsort()]
     return output.flatten(1, 2)[:, :, None].to(query.dtype)
@@ -145,7 +148,7 @@ def _compile(name: str, function: Any, facts: tuple[Any, ...]) -> Any:
     def half(*arguments: Any) -> Any:
         return function(*facts, *arguments)
 
-    half.__code__ = half.__code__.replace(co_name=f"{name}_{abs(hash(facts)):x}")
+    half.__code__ = half.__code__.replace(co_name=f"{name} {facts}")
     return torch.compile(half, dynamic=True, fullgraph=True)
 
 
