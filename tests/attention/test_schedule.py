@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.schedule import Shape, SideShape, choose
 from kvbits.codecs import Affine, Identity
+from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan
 
 
@@ -122,6 +123,30 @@ def test_what_kernels_read_has_no_objection(bits, head_dim):
             assert schedules.unsupported(LayerPlan.uniform(key, value), head_dim, head_dim) is None
     assert schedules.unsupported_heads(16) is None
     assert "at most 16, got 17" in schedules.unsupported_heads(17)
+
+
+LAYER = LayerGeometry(
+    layer_type="full_attention", num_key_value_heads=8, key_head_dim=128, value_head_dim=128
+)
+
+
+def test_a_layer_is_described_by_its_choice_or_by_what_is_in_the_way():
+    plan = LayerPlan.uniform(Affine(bits=4), Affine(bits=4))
+    (shape,) = schedules.decode_shapes(plan, LAYER, 32, 32768)
+    assert shape == serving_shape(1, 32768, 4, 4, exact_tokens=shape.exact_tokens)
+    assert schedules.describe(plan, LAYER, 32, 32768) == str(choose(shape))
+    heads = schedules.describe(plan, LAYER, 256, 32768)
+    assert heads == "reference: query heads per key/value head must be at most 16, got 32"
+    odd = LAYER.model_copy(update={"key_head_dim": 80})
+    assert schedules.describe(plan, odd, 32, 32768).startswith("reference: head_dim must be")
+
+
+def test_head_groups_share_their_splits():
+    shapes = [serving_shape(8, 32768, 4, 4), serving_shape(2, 32768, 2, 2)]
+    alone = [choose(shape) for shape in shapes]
+    together = schedules.choose_together(shapes, schedules.DEFAULT_MULTIPROCESSORS)
+    assert alone[0].splits != alone[1].splits
+    assert {plan.splits for plan in together} == {max(plan.splits for plan in alone)}
 
 
 def test_choosing_needs_no_triton():

@@ -7,13 +7,17 @@ import torch
 
 from kvbits.attention import api
 from kvbits.attention.states import StepStates
+from kvbits.attention.triton import schedule as schedules
 from kvbits.cache.layer import PackedLayer
 from kvbits.cache.stepping import Clock, Clocks
 from kvbits.codecs import Affine, Identity
 from kvbits.errors import CalibrationError, KernelUnavailableError
+from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan
 
 pytest.importorskip("triton")
+
+from kvbits.attention.triton.decode import shape_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM, QUERIES = 2, 64, 2
@@ -248,3 +252,18 @@ def test_a_clock_is_filled_or_counts_by_one():
         assert clock.device_tokens.item() == num_tokens
     clocks = Clocks()
     assert clocks.on(DEVICE) is clocks.on(DEVICE)
+
+
+@every_plan
+def test_the_shape_inspect_shows_is_the_shape_a_step_has(plan):
+    layer = PackedLayer(plan, impl="triton")
+    layer.update(*random_states(399))
+    kernel = layer.update(*random_states(1)).kernel
+    shapes = [shape_of(group, kernel, QUERIES, 1) for group in kernel.groups]
+    geometry = LayerGeometry(
+        layer_type="full_attention",
+        num_key_value_heads=HEADS,
+        key_head_dim=DIM,
+        value_head_dim=DIM,
+    )
+    assert shapes == schedules.decode_shapes(plan, geometry, HEADS * QUERIES, 400, batch=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def test_inspect_shows_layers_and_costs(tiny_model_dir):
     assert "0-2" in result.output
     assert "full_attention" in result.output
     assert "K4V2" in result.output
+
+
+def test_inspect_shows_how_layers_run_on_a_gpu(tmp_path):
+    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 512}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 1, "architectures": ["x"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = json.loads(run("inspect", tmp_path, "--context", 4096, "--json").stdout)["kernels"]
+    assert found[-1]["plan"] == "K2V2"
+    assert found[-1]["layers"] == "0-1"
+    assert found[-1]["choice"].startswith("int8, 64-token tiles")
+    config["head_dim"] = 80
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "reference: head_dim must be one of" in run("inspect", tmp_path).output
 
 
 def test_inspect_json_agrees_with_the_plan(tiny_model_dir, plan_path):
@@ -150,6 +164,17 @@ def test_generate_at_16_bits_equals_no_plan(tiny_model_dir, tmp_path):
     packed, stock = run(*arguments, "--plan", path), run(*arguments)
     assert packed.exit_code == 0, packed.output
     assert packed.stdout == stock.stdout
+
+
+def test_generate_ends_at_a_stop_token(tiny_model_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    arguments = ("--prompt", "abc", "--max-new-tokens", 20)
+    first = json.loads((model / "generation_config.json").read_text())
+    stops = list(range(257))
+    (model / "generation_config.json").write_text(json.dumps(first | {"eos_token_id": stops}))
+    assert "1 tokens in" in run("generate", model, *arguments).output
+    assert "20 tokens in" in run("generate", tiny_model_dir, *arguments).output
 
 
 def test_generate_refuses_an_empty_prompt(tiny_model_dir):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
-from kvbits.attention.triton.decode import attend
+from kvbits.attention.triton.decode import attend, shape_of
 from kvbits.attention.triton.schedule import Schedule
 from kvbits.bench.timing import graph_time_us
 from kvbits.codecs import Affine, AnyCodec, Identity
@@ -200,21 +200,7 @@ def states_bytes(states: KernelStates) -> int:
 
 def schedule_of(cell: Cell, states: KernelStates) -> Schedule:
     """What the shipped heuristic chooses."""
-    group = states.groups[0]
-    key, value = (
-        schedules.side_shape(store.codec, store.head_dim) for store in (group.key, group.value)
-    )
-    assert key is not None
-    assert value is not None
-    shape = schedules.Shape(
-        key=key,
-        value=value,
-        group_queries=cell.group_queries,
-        num_queries=cell.num_queries,
-        rows=cell.batch * cell.num_heads,
-        num_tokens=states.most_packed,
-        exact_tokens=states.most_exact,
-    )
+    shape = shape_of(states.groups[0], states, cell.group_queries, cell.num_queries)
     return schedules.choose(shape, torch.cuda.get_device_properties(0).multi_processor_count)
 
 

@@ -42,39 +42,34 @@ def generate(
 ) -> None:
     """Stream text, then say what the cache took. Without --plan the cache is transformers' own."""
     import torch
-    from transformers import DynamicCache, TextStreamer
+    from transformers import TextStreamer
 
-    import kvbits
     from kvbits.cli.models import load_model
+    from kvbits.generation import Sampling
+    from kvbits.generation import generate as decode
 
     cache_plan = _load_plan(plan)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     loaded = load_model(model, device, dtype.value)
     ids = _encode(loaded, text, chat)
     torch.manual_seed(seed)
-    if cache_plan is None:
-        cache = DynamicCache(config=loaded.model.config)
-    else:
-        kvbits.enable(loaded.model)
-        cache = cache_plan.new_cache(loaded.model)
+    cache = _new_cache(loaded, cache_plan, ids.shape[1] + max_new_tokens)
+    streamer = TextStreamer(loaded.tokenizer, skip_special_tokens=True)
     typer.echo(text, nl=False)
     started = time.perf_counter()
-    output = loaded.model.generate(
+    made = decode(
+        loaded.model,
         ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        cache,
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=_pad_id(loaded),
-        streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        sampling=Sampling(temperature),
+        stop_ids=_stop_ids(loaded),
+        on_tokens=lambda tokens: streamer.put(torch.tensor(tokens)),
     )
+    streamer.end()
     seconds = time.perf_counter() - started
-    num_new = output.shape[1] - ids.shape[1]
     typer.echo(f"\n{_account(loaded, cache_plan, cache)}", err=True)
-    typer.echo(f"{num_new} tokens in {seconds:.1f} s", err=True)
+    typer.echo(f"{made.tokens.shape[1]} tokens in {seconds:.1f} s", err=True)
 
 
 def _load_plan(path: Path | None) -> CachePlan | None:
@@ -103,12 +98,22 @@ def _encode(loaded: Loaded, text: str, chat: bool) -> Any:
     return torch.tensor([ids], device=loaded.model.device)
 
 
-def _pad_id(loaded: Loaded) -> int | None:
-    """Return a padding id, which generate wants to know even for one row."""
-    for value in (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id):
-        if value is not None:
-            return int(value)
-    return None
+def _new_cache(loaded: Loaded, plan: CachePlan | None, most_tokens: int) -> Any:
+    """An empty cache; on a GPU one with room for all tokens, so that steps can be captured."""
+    from transformers import DynamicCache
+
+    if plan is None:
+        return DynamicCache(config=loaded.model.config)
+    is_cuda = loaded.model.device.type == "cuda"
+    return plan.new_cache(loaded.model, max_tokens=most_tokens if is_cuda else None)
+
+
+def _stop_ids(loaded: Loaded) -> list[int]:
+    """Tokens that end the text, as the model's generation settings name them."""
+    ids = loaded.model.generation_config.eos_token_id
+    if ids is None:
+        ids = loaded.tokenizer.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _account(loaded: Loaded, plan: CachePlan | None, cache: Any) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -34,6 +35,14 @@ class Offer(NamedTuple):
     max_batch: int | None
 
 
+class Kernel(NamedTuple):
+    """How a decode step over a run of layers executes on a GPU."""
+
+    plan: str
+    layers: str
+    choice: str
+
+
 @one_line_errors
 def inspect(
     model: ModelName,
@@ -56,13 +65,16 @@ def inspect(
     geometry = ModelGeometry.from_config(config)
     text_config = config.get_text_config(decoder=True)
     tokens = context or getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    offers = [
-        _offer(name, each, tokens, memory) for name, each in _plans(config, mode.value, plan)
-    ]
+    plans = _plans(config, mode.value, plan)
+    offers = [_offer(name, each, tokens, memory) for name, each in plans]
+    kernels = [row for name, each in plans for row in _kernels(name, each, geometry, tokens)]
     if as_json:
-        typer.echo(json.dumps(_as_json(model, geometry, offers, tokens, memory), indent=2))
+        found = _as_json(model, geometry, offers, tokens, memory)
+        found["kernels"] = [row._asdict() for row in kernels]
+        typer.echo(json.dumps(found, indent=2))
     else:
         _print(model, geometry, offers, tokens, memory)
+        _print_kernels(kernels, tokens)
 
 
 def _plans(config: Any, mode: Any, path: Path | None) -> list[tuple[str, CachePlan]]:
@@ -102,26 +114,43 @@ def largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
+def _runs(items: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Return runs of equal items, each with the indices it covers."""
+    runs: list[tuple[str, Any]] = []
+    start = 0
+    for _, run in groupby(items):
+        same = list(run)
+        end = start + len(same) - 1
+        runs.append((f"{start}" if start == end else f"{start}-{end}", same[0]))
+        start = end + 1
+    return runs
+
+
 def _layer_rows(geometry: ModelGeometry) -> list[tuple[str, ...]]:
     """Return one row per run of equal layers: indices, type, heads, widths, how it is stored."""
-    rows: list[tuple[str, ...]] = []
-    start = 0
-    layers = geometry.layers
-    for index, layer in enumerate(layers):
-        if index + 1 < len(layers) and layers[index + 1] == layer:
-            continue
-        rows.append(
-            (
-                f"{start}" if start == index else f"{start}-{index}",
-                layer.layer_type,
-                str(layer.num_key_value_heads),
-                f"{layer.key_head_dim} / {layer.value_head_dim}",
-                f"{layer.values_per_token * 2:,}",
-                "packed" if layer.is_packable else "as transformers does",
-            )
+    return [
+        (
+            indices,
+            layer.layer_type,
+            str(layer.num_key_value_heads),
+            f"{layer.key_head_dim} / {layer.value_head_dim}",
+            f"{layer.values_per_token * 2:,}",
+            "packed" if layer.is_packable else "as transformers does",
         )
-        start = index + 1
-    return rows
+        for indices, layer in _runs(geometry.layers)
+    ]
+
+
+def _kernels(name: str, plan: CachePlan, geometry: ModelGeometry, tokens: int) -> list[Kernel]:
+    """Return the kernel choice of every run of layers that has the same."""
+    from kvbits.attention.triton.schedule import describe
+
+    queries = geometry.num_attention_heads
+    choices = [
+        describe(layer_plan, layer, queries, tokens) if layer.is_packable else None
+        for layer_plan, layer in zip(plan.layers, geometry.layers, strict=True)
+    ]
+    return [Kernel(name, indices, choice) for indices, choice in _runs(choices) if choice]
 
 
 def _as_json(
@@ -161,6 +190,17 @@ def _print(
             cells += [_at_most(offer.max_context), _at_most(offer.max_batch)]
         costs.add_row(*cells)
     console().print(costs)
+
+
+def _print_kernels(kernels: list[Kernel], context: int) -> None:
+    from kvbits.cli.output import console, table
+
+    choices = table(
+        "plan", "layers", f"decode kernel on a GPU, one sequence of {context:,} tokens"
+    )
+    for row in kernels:
+        choices.add_row(*row)
+    console().print(choices)
 
 
 def _at_most(count: int | None) -> str:

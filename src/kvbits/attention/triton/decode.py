@@ -63,12 +63,9 @@ def attend(
     group_queries = num_heads // num_kv_heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    shapes = [_shape(group, states, group_queries, num_queries) for group in states.groups]
-    plans = [schedule or schedules.choose(shape, _multiprocessors(query)) for shape in shapes]
-    if len(plans) > 1:  # one merge for all head groups: they share the number of splits
-        most = max(plan.splits for plan in plans)
-        exact = max(plan.exact_splits for plan in plans)
-        plans = [plan._replace(splits=most, exact_splits=exact) for plan in plans]
+    shapes = [shape_of(group, states, group_queries, num_queries) for group in states.groups]
+    plans = [schedule] * len(shapes) if schedule else None
+    plans = plans or schedules.choose_together(shapes, _multiprocessors(query))
     num_splits = plans[0].splits + plans[0].exact_splits
     columns = num_queries * group_queries
     value_dim = states.tails[1].shape[-1]
@@ -91,7 +88,10 @@ def attend(
     return _merge(query, states, partials, sink_logits)
 
 
-def _shape(group: StoreGroup, states: KernelStates, group_queries: int, num_queries: int) -> Shape:
+def shape_of(
+    group: StoreGroup, states: KernelStates, group_queries: int, num_queries: int
+) -> Shape:
+    """What a call is about, for ``schedule.choose``."""
     sides = [
         schedules.side_shape(store.codec, store.head_dim) for store in (group.key, group.value)
     ]

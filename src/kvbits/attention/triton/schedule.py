@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from kvbits.codecs import Affine, Codec, Identity
+from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan, Side
 
 BITS = (2, 3, 4, 8, 16)
@@ -188,6 +191,50 @@ def choose(shape: Shape, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> Sche
     splits = max(1, min(tiles, MAX_SPLITS, splits))
     exact_splits = _exact_splits(exact, tiles, splits)
     return Schedule(form, tile, columns, splits, exact_splits, warps, depth, is_rows_first)
+
+
+def choose_together(shapes: Sequence[Shape], multiprocessors: int) -> list[Schedule]:
+    """Choose for the head groups of a layer, whose outputs one kernel merges: as many splits."""
+    plans = [choose(shape, multiprocessors) for shape in shapes]
+    most = max(plan.splits for plan in plans)
+    exact = max(plan.exact_splits for plan in plans)
+    return [plan._replace(splits=most, exact_splits=exact) for plan in plans]
+
+
+def describe(plan: LayerPlan, layer: LayerGeometry, num_query_heads: int, tokens: int) -> str:
+    """How one row's decode step over a layer of ``tokens`` runs on a GPU, and if not, why."""
+    reason = unsupported(plan, layer.key_head_dim, layer.value_head_dim)
+    reason = reason or unsupported_heads(num_query_heads // layer.num_key_value_heads)
+    if reason:
+        return f"reference: {reason}"
+    shapes = decode_shapes(plan, layer, num_query_heads, tokens)
+    choices = map(str, choose_together(shapes, DEFAULT_MULTIPROCESSORS))
+    return "; ".join(dict.fromkeys(choices))
+
+
+def decode_shapes(
+    plan: LayerPlan, layer: LayerGeometry, num_query_heads: int, tokens: int, batch: int = 1
+) -> list[Shape]:
+    """The shapes of a decode step, by head group, once every row holds ``tokens``."""
+    shapes = []
+    for group in plan.groups:
+        key = side_shape(group.key, layer.key_head_dim)
+        value = side_shape(group.value, layer.value_head_dim)
+        assert key is not None
+        assert value is not None
+        heads = layer.num_key_value_heads if group.heads is None else len(group.heads)
+        shapes.append(
+            Shape(
+                key=key,
+                value=value,
+                group_queries=num_query_heads // layer.num_key_value_heads,
+                num_queries=1,
+                rows=batch * heads,
+                num_tokens=int(plan.packed_lengths(np.array([tokens])).key[0]),
+                exact_tokens=plan.sink_tokens + plan.exact_capacity,
+            )
+        )
+    return shapes
 
 
 def tiles_per_split(tiles: Sequence[int], splits: int) -> int:
