@@ -10,6 +10,7 @@ import functools
 import pytest
 import torch
 from naive_layer import HEADS, KEY_DIM, PLANS, random_states
+from torch._dynamo.utils import counters
 
 from kvbits.attention import api, compiled
 from kvbits.cache.layer import PackedLayer
@@ -132,11 +133,15 @@ def test_what_is_no_plain_step_goes_to_the_reference(eager, calls):
 @needs_compiler
 @pytest.mark.parametrize("name", ["token-4", "kivi-128"])
 def test_compiled_code_computes_what_is_written(name, calls):
-    layer, states = last_step(PLANS[name], 200)
+    layer, states = last_step(PLANS[name], 400)
     query = random_query()
-    for seed in range(3):  # the second length compiles for any length
+    compiled_before = None
+    for seed in range(3):
         output = api.attend(query, states, None, SCALE)
         torch.testing.assert_close(output.double(), expected(query, states), **CLOSE)
+        num_compiled = counters["frames"]["ok"]
+        assert compiled_before in {None, num_compiled}, "another length must not compile again"
+        compiled_before = num_compiled
         layer.update(*random_states(130, seed=10 + seed))
         states = layer.update(*random_states(1, seed=20 + seed))
     assert len(calls) == 3

@@ -2,23 +2,27 @@
 
 The compiler fuses unpacking with the products, so no code is ever written out as a number: scales
 multiply the finished dot product (keys per token), the query (keys per channel) or the probability
-(values). What a step needs beside the cache is one score per query head and token.
+(values). What a step needs beside the cache is one score per query head and token. The softmax
+over them is left to PyTorch: the compiler's own takes many times as long.
 """
 
 from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as symbolic_shapes
 
 from kvbits.attention.states import LayerStates
 from kvbits.codecs import Affine, Codec, packing
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import LayerPlan
+
+_SIZES_ARE_UNRELATED = symbolic_shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 
 class _Side(NamedTuple):
@@ -31,6 +35,18 @@ class _Side(NamedTuple):
     @property
     def is_exact(self) -> bool:
         return self.bits == 16
+
+
+class _Steps(NamedTuple):
+    """Compiled functions of a layout; see the functions of the same names.
+
+    Inductor fuses what it can. Three functions keep apart what must not be worked out anew for
+    every channel or token.
+    """
+
+    spread: Callable[..., tuple[Tensor, Tensor]]
+    score: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    add_values: Callable[..., Tensor]
 
 
 class _Pages(NamedTuple):
@@ -89,13 +105,49 @@ def attend(
             own = (grouped[:, heads], keys[:, heads], values[:, heads])
             own_logits = None if logits is None else logits[heads]
             order.append(heads)
-        count = -(-max(key.lengths) // key.page_tokens)
-        weigh, add = _compiled(_side(key), _side(value), softcap)
-        lengths, pages = torch.tensor(key.lengths), _pages(value, count)
-        weights, exact = weigh(*own, is_exact, lengths, _pages(key, count), pages, own_logits)
-        outputs.append(add(weights, exact, pages))
+        outputs.append(_attend(key, value, *own, is_exact, softcap, own_logits))
     output = outputs[0] if not order else torch.cat(outputs, 1)[:, torch.cat(order).argsort()]
     return output.flatten(1, 2)[:, :, None].to(query.dtype)
+
+
+def _attend(
+    key: PageStore,
+    value: PageStore,
+    query: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    is_exact: Tensor,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attend with scaled queries ``[B, H, n, D]`` of one head group: ``[B, H, n, D_v]``."""
+    count = -(-max(key.lengths) // key.page_tokens)
+    key_pages, value_pages = _pages(key, count), _pages(value, count)
+    steps = _compiled(_side(key), _side(value), softcap)
+    factors = shifts = _varying(query, 0)
+    if _side(key).block_tokens:
+        factors, shifts = (_varying(x, 0, 1) for x in steps.spread(query, key_pages))
+    lengths = _varying(torch.tensor(key.lengths), 0)
+    packed, scales, offsets = steps.score(factors, shifts, lengths, key_pages, value_pages)
+    exact = query @ exact_keys.transpose(-1, -2)  # [B, H, n, E]
+    if softcap is not None:
+        exact = softcap * torch.tanh(exact / softcap)
+    scores = [exact.masked_fill(~is_exact[:, None, None], -torch.inf), packed]
+    if sink_logits is not None:
+        scores.append(sink_logits[None, ..., None].expand(len(query), -1, -1, 1))
+    weights = torch.cat(scores, -1).softmax(-1)
+    if min(key.lengths) == 0:  # a row of nothing but padding has no weights
+        weights = weights.nan_to_num(0.0)
+    num_exact, num_packed = exact.shape[-1], packed.shape[-1]
+    rest = weights[..., :num_exact] @ exact_values
+    weights = weights[..., num_exact : num_exact + num_packed]
+    if scales is None or offsets is None:
+        weights = _varying(weights[:, :, None].contiguous(), 0, 4)
+        return steps.add_values(weights, _varying(rest, 0), value_pages)
+    constants = weights @ offsets.transpose(-1, -2)  # [B, H, n, groups]
+    rest = (rest.unflatten(-1, (constants.shape[-1], -1)) + constants[..., None]).flatten(-2)
+    weights = _varying(weights[:, :, None] * scales[:, :, :, None], 0, 4)
+    return steps.add_values(weights, _varying(rest, 0), value_pages)
 
 
 def _exact(states: LayerStates) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,17 +178,23 @@ def _side(store: PageStore) -> _Side:
 
 def _pages(store: PageStore, count: int) -> _Pages:
     planes, ids = store.view_pages(count)
-    return _Pages(planes["codes"], planes.get("affine", planes["codes"]), ids)
+    codes, affine = planes["codes"], planes.get("affine", planes["codes"])
+    return _Pages(_varying(codes, 0), _varying(affine, 0), _varying(ids, 0, 1))
+
+
+def _varying(states: Tensor, *axes: int) -> Tensor:
+    """Have axes compiled for any size: rows and pages come and go, a model's widths do not."""
+    torch._dynamo.maybe_mark_dynamic(states, axes)
+    return states
 
 
 @functools.cache
-def _compiled(
-    key: _Side, value: _Side, softcap: float | None
-) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
-    """Both halves of a step. In one, the compiler would weigh a token anew for each channel."""
-    halves = {"weigh": (_weigh, (key, value, softcap)), "add": (_add_values, (value,))}
-    weigh, add = (_compile(name, *half) for name, half in halves.items())
-    return weigh, add
+def _compiled(key: _Side, value: _Side, softcap: float | None) -> _Steps:
+    return _Steps(
+        spread=_compile("spread", _spread, ()),
+        score=_compile("score", _score, (key, value, softcap)),
+        add_values=_compile("add_values", _add_values, (value,)),
+    )
 
 
 def _compile(name: str, function: Any, facts: tuple[Any, ...]) -> Any:
@@ -149,80 +207,119 @@ def _compile(name: str, function: Any, facts: tuple[Any, ...]) -> Any:
         return function(*facts, *arguments)
 
     half.__code__ = half.__code__.replace(co_name=f"{name} {facts}")
-    return torch.compile(half, dynamic=True, fullgraph=True)
+    compiled = torch.compile(half, fullgraph=True)
+
+    def call(*arguments: Any) -> Any:
+        with _SIZES_ARE_UNRELATED:  # else 64 pages of 64 tokens would compile for as many alone
+            return compiled(*arguments)
+
+    return call
 
 
-def _weigh(
+def _spread(query: Tensor, pages: _Pages) -> tuple[Tensor, Tensor]:
+    """Give each block's scales and offsets to the query ``[B, H, n, D]``.
+
+    Returns:
+        Factors of codes ``[B, pages, H, n, blocks, D]`` and, without D, what to add to scores.
+    """
+    scale, offset = pages.affine[pages.ids].float().unbind(-1)  # [B, pages, H, blocks, D]
+    query = query[:, None, :, :, None]
+    return query * scale[:, :, :, None], (query * offset[:, :, :, None]).sum(-1)
+
+
+def _score(
     key: _Side,
     value: _Side,
     softcap: float | None,
-    query: Tensor,
-    exact_keys: Tensor,
-    exact_values: Tensor,
-    is_exact: Tensor,
+    factors: Tensor,
+    shifts: Tensor,
     lengths: Tensor,
     key_pages: _Pages,
     value_pages: _Pages,
-    sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Turn scaled queries ``[B, H, n, D]`` into weights of value codes and the rest of the output.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scores, in the order in which a page of values holds its tokens.
+
+    Args:
+        factors: The scaled query ``[B, H, n, D]``, or of ``_spread``.
+        shifts: Of ``_spread``.
+        lengths: Packed tokens ``[B]``.
 
     Returns:
-        ``[B, pages, H, groups, n, P]`` weights of codes by scale group, tokens in the order of a
-        page; and ``[B, H, n, D_v]``: offsets and exact tokens under their weights.
+        Scores ``[B, H, n, T]``; scales and offsets of values ``[B, H, groups, T]``, or None.
     """
-    packed = _packed_scores(query, key, key_pages)  # [B, pages, H, P, n]
-    exact = query @ exact_keys.transpose(-1, -2)  # [B, H, n, E]
-    if softcap is not None:
-        packed, exact = (softcap * torch.tanh(x / softcap) for x in (packed, exact))
-    tokens = torch.arange(packed.shape[1] * key.page_tokens).unflatten(0, (-1, key.page_tokens))
-    is_packed = tokens < lengths[:, None, None]  # [B, pages, P]
-    packed = packed.masked_fill(~is_packed[:, :, None, :, None], -torch.inf)
-    exact = exact.masked_fill(~is_exact[:, None, None], -torch.inf)
-    maximum = torch.maximum(packed.amax((1, 3)), exact.amax(-1))  # [B, H, n]
-    if sink_logits is not None:
-        maximum = torch.maximum(maximum, sink_logits)
-    maximum = maximum.clamp_min(torch.finfo(torch.float32).min)  # -inf - -inf would be NaN
-    packed = torch.exp(packed - maximum[:, None, :, None])
-    exact = torch.exp(exact - maximum[..., None])
-    total = packed.sum((1, 3)) + exact.sum(-1)
-    if sink_logits is not None:
-        total = total + torch.exp(sink_logits - maximum)
-    total = total.clamp_min(1e-30)
-    weights, constant = _value_weights(packed / total[:, None, :, None], value, value_pages)
-    groups = constant.shape[-1]
-    rest = (exact / total[..., None]) @ exact_values
-    rest = rest.unflatten(-1, (groups, -1)) + constant[..., None]
-    return weights, rest.flatten(-2)
+    place = torch.arange(key.page_tokens)  # the token at each place
+    if not value.is_exact:
+        place = packing.value_positions(key.page_tokens).argsort()
+    token = torch.arange(key_pages.ids.shape[1])[:, None] * key.page_tokens + place
+    is_packed = (token < lengths[:, None, None])[:, :, None]  # [B, pages, 1, P]
+    scores = []
+    for head in _scores_by_head(key, place, factors, shifts, key_pages):
+        if softcap is not None:
+            head = softcap * torch.tanh(head / softcap)
+        scores.append(head.masked_fill(~is_packed, -torch.inf).transpose(1, 2))
+    stacked = torch.stack(scores, 2).flatten(-2)
+    if value.is_exact:
+        return stacked, None, None
+    affine = value_pages.affine[value_pages.ids][..., place, :].float()  # [B, pages, H, g, P, 2]
+    scales, offsets = affine.permute(5, 0, 2, 3, 1, 4).flatten(-2)
+    return stacked, scales, offsets
 
 
-def _value_weights(packed: Tensor, side: _Side, pages: _Pages) -> tuple[Tensor, Tensor]:
-    """Weights of codes, and sums of offsets ``[B, H, n, groups]``."""
-    weights = packed.transpose(-1, -2)  # [B, pages, H, n, P]
-    if side.is_exact:
-        return weights[:, :, :, None].contiguous(), weights.new_zeros(
-            *weights[:, 0, ..., 0].shape, 1
-        )
-    scale, offset = pages.affine[pages.ids].float().unbind(-1)  # [B, pages, H, groups, P]
-    constant = (weights[:, :, :, None] * offset[:, :, :, :, None]).sum((1, 5))
-    place = packing.value_positions(side.page_tokens).argsort()  # the token at each place
-    weights = (weights[:, :, :, None] * scale[:, :, :, :, None])[..., place]
-    return weights.contiguous(), constant.transpose(-1, -2)
+def _scores_by_head(
+    side: _Side, place: Tensor, factors: Tensor, shifts: Tensor, pages: _Pages
+) -> Iterator[Tensor]:
+    """Scores of each query head ``[B, pages, H, P]``."""
+    codes = pages.codes[pages.ids][..., place, :]  # [B, pages, H, P, row]
+    if side.block_tokens:
+        block = place // side.block_tokens
+        (runs,) = _runs(codes, side, 1)
+        for head in range(factors.shape[3]):
+            own = factors[:, :, :, head, block]
+            yield _dot(runs, own) + shifts[:, :, :, head, block]
+    elif side.is_exact:
+        (runs,) = _runs(codes, side, 1)
+        for head in range(factors.shape[2]):
+            yield _dot(runs, factors[:, None, :, head, None])
+    else:
+        affine = pages.affine[pages.ids][..., place, :].float()  # [B, pages, H, groups, P, 2]
+        groups = _runs(codes, side, affine.shape[3])
+        for head in range(factors.shape[2]):
+            parts = factors[:, None, :, head, None].chunk(len(groups), -1)
+            yield functools.reduce(
+                torch.add,
+                (
+                    _dot(runs, own) * affine[:, :, :, g, :, 0]
+                    + own.sum(-1) * affine[:, :, :, g, :, 1]
+                    for g, (runs, own) in enumerate(zip(groups, parts, strict=True))
+                ),
+            )
+
+
+def _dot(runs: list[Tensor], factors: Tensor) -> Tensor:
+    """Codes by runs of channels, times factors of all channels, summed over channels."""
+    pieces = factors.chunk(len(runs), -1)
+    products = [run * piece for run, piece in zip(runs, pieces, strict=True)]
+    return functools.reduce(torch.add, products).sum(-1)
 
 
 def _add_values(side: _Side, weights: Tensor, rest: Tensor, pages: _Pages) -> Tensor:
-    """``[B, H, n, D_v]``: values under the weights of ``_weigh``, and its rest."""
+    """Values under the weights of their codes ``[B, H, groups, n, T]``, and the rest.
+
+    Returns:
+        ``[B, H, n, D_v]``, like ``rest``.
+    """
     codes = pages.codes[pages.ids]
     if not side.is_exact:
         codes = codes.transpose(-1, -2)  # [B, pages, H, P, row bytes]
-    groups = _runs(codes, side, weights.shape[3])
+    groups = _runs(codes, side, weights.shape[2])
+    weights = weights.unflatten(-1, (-1, side.page_tokens)).permute(2, 3, 0, 4, 1, 5)
     sums = [
         [
-            (run * weights[:, :, :, group, head, :, None]).sum(3).sum(1)
+            (run * weights[group, head, ..., None]).sum(3).sum(1)
             for group, runs in enumerate(groups)
             for run in runs
         ]
-        for head in range(weights.shape[4])
+        for head in range(weights.shape[1])
     ]
     return torch.stack([torch.cat(parts, -1) for parts in sums], -2) + rest
 
@@ -239,37 +336,3 @@ def _runs(codes: Tensor, side: _Side, num_groups: int) -> list[list[Tensor]]:
         share = len(runs) // num_groups
         return [runs[i : i + share] for i in range(0, len(runs), share)]
     return [[piece] for piece in torch.cat(runs, -1).chunk(num_groups, -1)]
-
-
-def _packed_scores(query: Tensor, side: _Side, pages: _Pages) -> Tensor:
-    """``[B, H, n, D]`` to scores ``[B, pages, H, P, n]``."""
-    query = query[:, None]  # [B, 1, H, n, D]
-    codes = pages.codes[pages.ids]  # [B, pages, H, P, row]
-    if side.is_exact:
-        return _dots(_runs(codes, side, 1)[0], query)
-    scale, offset = pages.affine[pages.ids].float().unbind(-1)
-    if side.block_tokens:  # of [B, pages, H, blocks, D]; the query takes them, block by block
-        weights = query[:, :, :, None] * scale[..., None, :]
-        constant = (query[:, :, :, None] * offset[..., None, :]).sum(-1)
-        (runs,) = _runs(codes.unflatten(-2, (-1, side.block_tokens)), side, 1)
-        return (_dots(runs, weights) + constant[..., None, :]).flatten(3, 4)
-    num_groups = scale.shape[3]  # of [B, pages, H, groups, P]
-    scores = []
-    groups = zip(_runs(codes, side, num_groups), query.chunk(num_groups, -1), strict=True)
-    for group, (runs, own) in enumerate(groups):
-        factor, shift = scale[..., group, :, None], offset[..., group, :, None]
-        scores.append(_dots(runs, own) * factor + own.sum(-1)[..., None, :] * shift)
-    return functools.reduce(torch.add, scores)
-
-
-def _dots(runs: list[Tensor], weights: Tensor) -> Tensor:
-    """Products of codes ``[..., P, W]`` by runs with weights ``[..., n, D]``: ``[..., P, n]``."""
-    pieces = weights.chunk(len(runs), -1)
-    dots = []
-    for head in range(weights.shape[-2]):
-        parts = [
-            (run * piece[..., head, None, :]).sum(-1)
-            for run, piece in zip(runs, pieces, strict=True)
-        ]
-        dots.append(functools.reduce(torch.add, parts))
-    return torch.stack(dots, -1)
