@@ -85,11 +85,15 @@ test-wheel: $(STAMP)
 	$(WHEEL)/bin/python -m pip install -q -c constraints.txt build/wheel/*.whl
 	cd / && $(CURDIR)/$(WHEEL)/bin/python $(CURDIR)/tests/wheel_check.py
 
-# Speed and memory of the packed cache on this machine; records go to benchmarks/results/.
+# Speed and memory of the packed cache on this machine's CPU; records go to benchmarks/results/cpu/.
+LONG := --shape 1x1024 --shape 1x4096 --shape 1x16384
+CPU := --device cpu -o benchmarks/results/cpu
+CACHES := --plan dynamic --plan K8V8 --plan K4V4 --plan K4V2 --plan K4V2@kivi --plan K2V2
 bench: $(STAMP)
-	@mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/decode_cpu.py $(MODEL) -o benchmarks/results/decode-cpu.jsonl
-	$(BIN)/python benchmarks/memory_cpu.py $(MODEL) -o benchmarks/results/memory-cpu.jsonl
+	for impl in compiled reference; do for model in $(MODEL) benchmarks/shapes/llama-3.1-8b-layer; do \
+		$(BIN)/kvbits bench decode $$model $(CACHES) $(LONG) --impl $$impl --repeats 5 $(CPU) \
+		|| exit 1; done; done
+	$(BIN)/kvbits bench memory $(MODEL) $(CACHES) $(CPU)
 
 clean:
 	rm -rf $(VENV) $(MINIMUM) $(WHEEL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -35,7 +35,7 @@ Plans = Annotated[
 ]
 CELL_COLUMNS = ("name", "batch", "context", "time_us", "speedup", "roofline_share", "schedule")
 ENCODING_COLUMNS = ("suite", "name", "time_us", "gb_s")
-DECODE_COLUMNS = ("variant", "batch", "context", "step_ms", "tokens_per_second")
+DECODE_COLUMNS = ("variant", "batch", "context", "step_ms", "tokens_per_second", "speedup")
 BYTES_COLUMNS = ("cache_bytes", "peak_bytes")
 LARGEST_COLUMNS = ("variant", "effective_bits", "largest_batch", "peak_bytes")
 DEFAULT_OUTPUT = Path("runs/bench")
