@@ -26,12 +26,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-minimum test-slow: export OMP_NUM_THREADS := 1
 test test-minimum test-slow: export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install tune test lint types format test-minimum test-slow test-wheel bench clean
+.PHONY: help install tune test lint types format test-minimum test-slow test-wheel bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,4p' Makefile
-	@echo "others: install lint types format test-minimum test-slow test-wheel bench clean"
+	@echo "others: install lint types format test-minimum test-slow test-wheel bench bench-gpu clean"
 
 install: $(STAMP)
 
@@ -94,6 +94,19 @@ bench: $(STAMP)
 		$(BIN)/kvbits bench decode $$model $(CACHES) $(LONG) --impl $$impl --repeats 5 $(CPU) \
 		|| exit 1; done; done
 	$(BIN)/kvbits bench memory $(MODEL) $(CACHES) $(CPU)
+
+# The same on a CUDA device: kernels, whole steps and the largest batches of an 8B-shaped model.
+LLAMA := benchmarks/shapes/llama-3.1-8b
+TUNED := benchmarks/plans/kvtuner-llama-3.1-8b-c
+WIDTHS := --plan K16V16 --plan K8V8 --plan K4V4 --plan K4V2 --plan K2V2
+TUNERS := $(foreach bits,3.25 4.91,--plan $(TUNED)$(bits).yaml@kivi --plan $(TUNED)$(bits).yaml)
+GPU := $(WIDTHS) $(TUNERS) -o benchmarks/results
+bench-gpu: $(STAMP)
+	$(BIN)/kvbits bench kernels --search -o benchmarks/results
+	$(BIN)/kvbits bench decode $(LLAMA) --shape 8x32768 --shape 16x32768 --shape 1x131072 $(GPU)
+	$(BIN)/kvbits bench decode $(LLAMA) --prompt --new-tokens 338 --shape 64x128 --shape 16x512 \
+		--shape 8x1024 $(GPU)
+	$(BIN)/kvbits bench memory $(LLAMA) $(GPU)
 
 clean:
 	rm -rf $(VENV) $(MINIMUM) $(WHEEL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -311,6 +311,28 @@ def test_a_large_pool_grows_in_few_chunks_that_are_never_copied():
 
 @both_sides
 @pytest.mark.parametrize("codec", CODECS)
+def test_viewed_pages_are_those_of_the_rows_and_cost_nothing(codec, side):
+    step = page_tokens(codec)
+    store, twin = new_store(codec, side), new_store(codec, side)
+    for seed in range(5):
+        for each in (store, twin):
+            each.append(random_states(step, seed=seed))
+    for each in (store, twin):
+        each.map_rows([1, 0])
+    assert len(store._chunks) > 1, "the pool must be in pieces for the test to tell"
+    planes, ids = store.view_pages(4)
+    expected = twin._gather_pages([page for pages in twin._pages for page in pages[:4]])
+    for name, plane in planes.items():
+        assert torch.equal(plane[ids].flatten(0, 1), expected[name])
+    assert plane.data_ptr() == store.view_pages(4)[0][name].data_ptr(), "no copy the second time"
+    assert store.nbytes == twin.nbytes == walk_bytes(store)
+    for each in (store, twin):
+        each.append(random_states(step, seed=9))
+    assert torch.equal(store.read(0, 6 * step), twin.read(0, 6 * step))
+
+
+@both_sides
+@pytest.mark.parametrize("codec", CODECS)
 def test_exported_pages_fill_another_store_bit_for_bit(codec, side):
     short, long = blocks(codec, 70, 150)
     store, states = new_store(codec, side, rows=3), random_states(long, rows=3)

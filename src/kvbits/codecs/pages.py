@@ -37,8 +37,9 @@ class _Place(NamedTuple):
 class PageStore:
     """Packed states of one side of one head group: pages in a pool, addressed by a table per row.
 
-    Rows of a batch may hold different numbers of tokens. The pool grows in chunks that are never
-    copied; pages are shared between rows after a reorder and copied only when one of them writes.
+    Rows of a batch may hold different numbers of tokens. The pool grows in chunks, which readers
+    other than kernels join; pages are shared between rows after a reorder and copied only when one
+    of them writes.
 
     Args:
         codec: How states become codes.
@@ -79,7 +80,6 @@ class PageStore:
         self._chunks: list[_Chunk] = []
         self._reserved_pages = 0
         self._table: Tensor | None = None  # where pages lie, on the device; see ``table``
-        self._ids: Tensor | None = None  # page ids of the table, while the pool is one chunk
         self._positions = torch.arange(self.page_tokens, device=device)
         if self._is_transposed:
             self._positions = packing.value_positions(self.page_tokens).to(device)
@@ -121,7 +121,7 @@ class PageStore:
                 for pages in self._pages
             ]
             table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)
-            self._table, self._ids = table.to(self.device, non_blocking=True), None
+            self._table = table.to(self.device, non_blocking=True)
         return self._table
 
     def append(self, states: Tensor, rows: Sequence[int] | None = None) -> None:
@@ -156,14 +156,13 @@ class PageStore:
     def view_pages(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
         """The first ``count`` pages of every row where they lie: planes, and ids ``[B, count]``.
 
-        A pool in several pieces is gathered into one. Places a row does not use name some page.
+        A pool in several chunks becomes one first: a copy for every sixteenth it grows by. Places
+        a row does not use name some page.
         """
-        if len(self._chunks) == 1 and count <= self.table.shape[1]:
-            if self._ids is None:
-                self._ids = self.table // self.record_units
-            return self._chunks[0].planes, self._ids[:, :count]
-        ids = torch.arange(count * len(self.lengths), device=self.device)
-        return self._gather(0, count), ids.unflatten(0, (-1, count))
+        if len(self._chunks) > 1:  # in place of a search for every page, at every step
+            records = torch.cat([chunk.records for chunk in self._chunks])
+            self._chunks, self._table = [self._chunk(0, records)], None
+        return self._chunks[0].planes, self.table[:, :count] // self.record_units
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of ``row`` from ``length`` on (a multiple of the codec's block)."""
@@ -348,10 +347,10 @@ class PageStore:
 
         Where a row has fewer pages, page 0 stands in.
         """
-        if len(self._chunks) == 1 and last <= self.table.shape[1]:
-            ids = self.table[:, first:last].flatten() // self.record_units
-            planes = self._chunks[0].planes
-            return {name: plane.index_select(0, ids) for name, plane in planes.items()}
+        if self._chunks and last <= self.table.shape[1]:
+            planes, ids = self.view_pages(last)
+            wanted = ids[:, first:].flatten()
+            return {name: plane.index_select(0, wanted) for name, plane in planes.items()}
         return self._gather_pages(
             [
                 pages[i] if i < len(pages) else 0
