@@ -62,15 +62,16 @@ def store_bytes(
     batch: int = 1,
     state_bits: int = 16,
     tokens_per_page: int | None = None,
-    is_reserved: bool = False,
+    reserved_tokens: int = 0,
 ) -> int:
     """Bytes of a page store with ``num_tokens`` in each of ``batch`` rows, table included.
 
-    ``is_reserved``: the pages were reserved for exactly these tokens instead of grown.
+    ``reserved_tokens``: tokens of a row that room was reserved for.
     """
     tokens_per_page = tokens_per_page or page_tokens(codec)
     pages = -(-num_tokens // tokens_per_page)
-    capacity = pages if is_reserved else page_capacity(pages)
+    reserved = -(-reserved_tokens // tokens_per_page)
+    capacity = reserved if pages <= reserved else page_capacity(pages)
     page = page_bytes(
         codec,
         num_heads=num_heads,
@@ -98,6 +99,7 @@ def layer_bytes(
     num_tokens: int,
     batch: int = 1,
     state_bits: int = 16,
+    max_tokens: int | None = None,
 ) -> int:
     """Bytes one layer allocates once each of ``batch`` rows holds ``num_tokens`` tokens.
 
@@ -107,16 +109,17 @@ def layer_bytes(
         num_tokens: Cached tokens T per row.
         batch: Rows B.
         state_bits: Width of the model's own dtype: 16, or 32 for a float32 model.
+        max_tokens: Tokens of a row that room was reserved for; exact layers lie in pages then.
 
     Returns:
         Pages, block tables, sinks and residual, in bytes.
     """
-    if plan.is_exact:
+    if plan.is_exact and max_tokens is None:
         return exact_bytes(layer, num_tokens, batch, state_bits)
-    packed = plan.packed_lengths(np.array([num_tokens]))
+    packed = plan.packed_lengths(np.array([num_tokens, max_tokens or 0]))
     total = 0
     for side, lengths in zip(SIDES, packed, strict=True):
-        length, width = int(lengths[0]), head_dim(layer, side)
+        (length, reserved), width = lengths.tolist(), head_dim(layer, side)
         exact_tokens = plan.sink_tokens + plan.exact_capacity
         exact_values = batch * exact_tokens * layer.num_key_value_heads * width
         total += exact_values * state_bits // 8
@@ -129,6 +132,7 @@ def layer_bytes(
                 batch=batch,
                 state_bits=state_bits,
                 tokens_per_page=plan.page_tokens,
+                reserved_tokens=reserved,
             )
     return total
 

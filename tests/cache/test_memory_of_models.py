@@ -76,6 +76,18 @@ def test_a_bfloat16_model_is_counted_in_sixteen_bits():
 
 
 @torch.no_grad()
+def test_reserved_room_is_counted():
+    model = tiny_model("llama").bfloat16()
+    for bits in (4, 16):
+        plan = CachePlan.uniform(model.config, bits, bits)
+        cache = plan.new_cache(model, max_tokens=300)
+        model(prompt(3, 130), past_key_values=cache)
+        assert cache.nbytes == allocated_bytes(cache)
+        assert cache.nbytes == plan.bytes(130, batch=3, max_tokens=300)
+        assert cache.nbytes > plan.bytes(130, batch=3)
+
+
+@torch.no_grad()
 def test_effective_bits_of_a_full_cache_are_what_the_plan_says():
     """At whole pages, codes and parameters are all there is but eight bytes per page."""
     model = tiny_model("llama").bfloat16()

@@ -302,17 +302,28 @@ class CachePlan(BaseModel):
         values = sum(self.model.layers[index].values_per_token for index in indices)
         return 8 * stored / (values * context * batch)
 
-    def bytes(self, context: int, batch: int = 1, *, state_bits: int = 16) -> int:
+    def bytes(
+        self,
+        context: int,
+        batch: int = 1,
+        *,
+        state_bits: int = 16,
+        max_tokens: int | None = None,
+    ) -> int:
         """Bytes ``new_cache(model).nbytes`` reports once every row holds ``context`` tokens.
 
         Args:
             context: Cached tokens per row.
             batch: Rows.
             state_bits: Width of the model's dtype: 16, or 32 for a float32 model.
+            max_tokens: As given to ``new_cache``.
         """
         _check_size(context, batch)
-        every = range(len(self.layers))
-        return sum(self._layer_bytes(index, context, batch, state_bits) for index in every)
+        every = zip(self.layers, self.model.layers, strict=True)
+        return sum(
+            memory.layer_bytes(plan, layer, context, batch, state_bits, max_tokens)
+            for plan, layer in every
+        )
 
     def bytes_16bit(self, context: int, batch: int = 1) -> int:
         """Bytes the stock cache of a 16-bit model holds for the same tokens."""
