@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbits.codecs import packing
 from kvbits.codecs.packing import pack_bits, page_capacity, unpack_bits
-from kvbits.testing import pack_naively, unpack_naively
+from kvbits.testing import pack_naively, unpack_naively, value_position
 
 WIDTHS = (2, 3, 4, 8)
 
@@ -72,3 +73,10 @@ def test_page_capacity_does_not_depend_on_the_way_there():
     """Growing to n from any capacity on the way gives the capacity of n alone."""
     for need in range(1, 300):
         assert page_capacity(page_capacity(need)) == page_capacity(need)
+
+
+@pytest.mark.parametrize("tokens", [32, 64, 192])
+def test_value_positions_and_tokens_undo_each_other(tokens):
+    positions = packing.value_positions(tokens)
+    assert positions.tolist() == [value_position(token) for token in range(tokens)]
+    assert torch.equal(packing.value_tokens(tokens)[positions], torch.arange(tokens))

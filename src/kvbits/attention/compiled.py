@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as symbolic_shapes
@@ -97,7 +98,7 @@ def attend(
     """
     grouped = query[:, :, 0].float().unflatten(1, (states.num_heads, -1)) * scale
     logits = None if sink_logits is None else sink_logits.float().unflatten(0, grouped.shape[1:3])
-    keys, values, is_exact = _exact(states)
+    keys, values, missing = _exact(states)
     outputs, order = [], []
     for (key, heads), (value, _) in zip(states.key.stores, states.value.stores, strict=True):
         own, own_logits = (grouped, keys, values), logits
@@ -105,7 +106,7 @@ def attend(
             own = (grouped[:, heads], keys[:, heads], values[:, heads])
             own_logits = None if logits is None else logits[heads]
             order.append(heads)
-        outputs.append(_attend(key, value, *own, is_exact, softcap, own_logits))
+        outputs.append(_attend(key, value, *own, missing, softcap, own_logits))
     output = outputs[0] if not order else torch.cat(outputs, 1)[:, torch.cat(order).argsort()]
     return output.flatten(1, 2)[:, :, None].to(query.dtype)
 
@@ -116,7 +117,7 @@ def _attend(
     query: Tensor,
     exact_keys: Tensor,
     exact_values: Tensor,
-    is_exact: Tensor,
+    missing: Tensor | None,
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
@@ -132,7 +133,9 @@ def _attend(
     exact = query @ exact_keys.transpose(-1, -2)  # [B, H, n, E]
     if softcap is not None:
         exact = softcap * torch.tanh(exact / softcap)
-    scores = [exact.masked_fill(~is_exact[:, None, None], -torch.inf), packed]
+    if missing is not None:
+        exact = exact.masked_fill(missing[:, None, None], -torch.inf)
+    scores = [exact, packed]
     if sink_logits is not None:
         scores.append(sink_logits[None, ..., None].expand(len(query), -1, -1, 1))
     weights = torch.cat(scores, -1).softmax(-1)
@@ -150,23 +153,20 @@ def _attend(
     return steps.add_values(weights, _varying(rest, 0), value_pages)
 
 
-def _exact(states: LayerStates) -> tuple[Tensor, Tensor, Tensor]:
-    """Sinks and tail of both sides ``[B, H, E, D]``, and which of them a row holds ``[B, E]``."""
+def _exact(states: LayerStates) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sinks and tail of both sides ``[B, H, E, D]``, and which of them are no row's ``[B, E]``."""
     keys, values = (
-        torch.cat((side.sinks, side.tail), -2).float() for side in (states.key, states.value)
+        torch.cat((side.sinks, side.tail), -2) if side.sinks.shape[-2] else side.tail
+        for side in (states.key, states.value)
     )
-    if not keys.shape[-2]:  # a maximum needs something to be over
-        keys, values = (x.new_zeros(*x.shape[:2], 1, x.shape[-1]) for x in (keys, values))
-        return keys, values, torch.zeros(len(keys), 1, dtype=torch.bool)
     num_sinks, width = states.key.sinks.shape[-2], states.key.tail.shape[-2]
-    length = torch.from_numpy(states.row_lengths)[:, None]
-    packed = torch.tensor(states.key.stores[0][0].lengths)[:, None]
-    column = torch.arange(width)
-    position = length - width + column  # of the tail's columns
-    is_exact = (position >= num_sinks + packed) & (position >= 0)
-    if num_sinks:
-        is_exact = torch.cat((torch.arange(num_sinks) < length, is_exact), 1)
-    return keys, values, is_exact
+    length = states.row_lengths[:, None]
+    packed = np.array(states.key.stores[0][0].lengths)[:, None]
+    position = length - width + np.arange(width)  # of the tail's columns
+    is_missing = (position < num_sinks + packed) | (position < 0)
+    is_missing = np.concatenate((np.arange(num_sinks) >= length, is_missing), 1)
+    missing = torch.from_numpy(is_missing) if is_missing.any() else None
+    return keys.float(), values.float(), missing
 
 
 def _side(store: PageStore) -> _Side:
@@ -249,7 +249,7 @@ def _score(
     """
     place = torch.arange(key.page_tokens)  # the token at each place
     if not value.is_exact:
-        place = packing.value_positions(key.page_tokens).argsort()
+        place = packing.value_tokens(key.page_tokens)
     token = torch.arange(key_pages.ids.shape[1])[:, None] * key.page_tokens + place
     is_packed = (token < lengths[:, None, None])[:, :, None]  # [B, pages, 1, P]
     scores = []

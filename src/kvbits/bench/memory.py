@@ -39,7 +39,9 @@ def measure(model: Any, plans: Sequence[Variant], context: int) -> Iterator[dict
             "context": context,
             "effective_bits": round(variant.plan.effective_bits, 4),
             "largest_batch": batch,
-            "formula_bytes": variant.plan.bytes(context, batch, **_room(context)) if batch else 0,
+            "formula_bytes": variant.plan.bytes(
+                context, max(batch, 1), max_tokens=context + SPARE_TOKENS
+            ),
             "peak_bytes": torch.cuda.max_memory_allocated(device),
             "weights_bytes": weights,
             "device_bytes": total,
@@ -48,22 +50,18 @@ def measure(model: Any, plans: Sequence[Variant], context: int) -> Iterator[dict
 
 def _largest(model: Any, plan: CachePlan, context: int, free: int) -> int:
     """Start from what the formula says and walk to the edge."""
-    batch = max(1, free // plan.bytes(context, **_room(context)))
+    batch = max(1, free // plan.bytes(context, max_tokens=context + SPARE_TOKENS))
     step = max(1, batch // 64)
     while batch > 0 and not _fits(model, plan, batch, context):
         batch -= step
     return max(batch, 0)
 
 
-def _room(context: int) -> dict[str, int]:
-    return {"max_tokens": context + SPARE_TOKENS}
-
-
 def _fits(model: Any, plan: CachePlan, batch: int, context: int) -> bool:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
     try:
-        cache = plan.new_cache(model, **_room(context))
+        cache = plan.new_cache(model, max_tokens=context + SPARE_TOKENS)
         fill(model, cache, batch, context)
         token = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
         generate(model, token, cache, max_new_tokens=STEPS)

@@ -152,13 +152,10 @@ class PackedLayer:
         }
         self.num_tokens += num_queries
         self._fill_sinks(tails, num_queries)
-        if num_queries == 1 or self.quantize_prefill:
-            bounds = self._bounds_by_query(num_queries)
-            kept = self._flush(tails)
-            # A lone query sees everything that is packed decoded: the flushed part of the tail
-            # need not be kept for it.
-            return self._view(kept if num_queries == 1 else tails, bounds)
-        view = self._view(tails, self._bounds_now(num_queries))
+        if num_queries == 1:  # it sees all that is packed decoded, by its own step too
+            return self._view(self._flush(tails), self._bounds_now(1))
+        see = self._bounds_by_query if self.quantize_prefill else self._bounds_now
+        view = self._view(tails, see(num_queries))
         self._flush(tails)
         return view
 

@@ -88,7 +88,7 @@ class Affine(Codec):
 
     def encode(self, states: Tensor) -> Encoded:
         grouped = self._grouped(states.float())
-        low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+        low, high = grouped.aminmax(dim=-1, keepdim=True)
         scale, offset = self._scale_and_offset(low, high)
         # A constant group has code 0, and the offset restores it.
         step = torch.where(scale == 0, 1.0, scale)
@@ -143,9 +143,9 @@ def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return rounded
     bits = rounded.view(torch.int16)
-    below = torch.where(rounded > 0, bits - 1, bits + 1)
-    below = torch.where(rounded == 0, torch.full_like(bits, -32767), below)  # -2**-24
-    return torch.where(rounded.float() > x, below.view(dtype), rounded).float()
+    # The next value down, sign and magnitude in mind; what rounds up to zero rounds to -0.
+    below = (bits - bits.sign()).view(dtype)
+    return torch.where(rounded.float() > x, below, rounded).float()
 
 
 def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:

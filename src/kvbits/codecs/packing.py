@@ -26,6 +26,7 @@ the rest.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -49,6 +50,7 @@ def record_bytes(plane_bytes: int) -> int:
     return -(-plane_bytes // OFFSET_UNIT) * OFFSET_UNIT
 
 
+@functools.cache
 def page_capacity(num_pages: int) -> int:
     """Pages a row has room for once it has needed ``num_pages``: grows by a sixteenth.
 
@@ -102,3 +104,9 @@ def value_positions(tokens: int) -> Tensor:
     """Position inside a page of each of its tokens, for values."""
     token = torch.arange(tokens)
     return token // 32 * 32 + token % 8 * 4 + token % 32 // 8
+
+
+def value_tokens(tokens: int) -> Tensor:
+    """The token at each position inside a page of values: undoes ``value_positions``."""
+    position = torch.arange(tokens)
+    return position // 32 * 32 + position % 4 * 8 + position % 32 // 4
