@@ -178,10 +178,14 @@ def _write(
     from kvbits.evaluation.jsonl import append_json_line
 
     shared = describe(benchmark, commit=commit) | (facts or {})
-    made = table(*(column.replace("_", " ") for column in columns))
+    rows = []
     for record in _progress(subject, records):
         append_json_line(path, shared | {"subject": subject} | record)
-        made.add_row(*(_cell(record, column) for column in columns))
+        rows.append([_cell(record, column) for column in columns])
+    filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    made = table(*(columns[index].replace("_", " ") for index in filled))
+    for row in rows:
+        made.add_row(*(row[index] for index in filled))
     console().print(f"{subject}; records in {path}", highlight=False)
     console().print(made)
 
