@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import kvbits
 from kvbits import generation
 from kvbits.cache.hf import QuantizedCache, watch_padding
-from kvbits.codecs import Affine
+from kvbits.codecs import Affine, Identity
 from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.generation import Sampling, draw, generate
 from kvbits.layer_plan import LayerPlan
@@ -107,6 +107,24 @@ def test_a_second_turn_continues_the_cache(model, kind, is_padded):
     assert torch.equal(second, expected.tokens)
 
 
+def test_padding_is_not_seen_by_layers_of_transformers_own(model):
+    """A plan may leave layers exact, and those need the mask in every step."""
+    watch_padding(model)
+    plans = [PLAN, LayerPlan.uniform(Identity(), Identity())]
+    input_ids = prompt()
+    mask = padded(input_ids)
+    made = generate(
+        model,
+        input_ids,
+        QuantizedCache(plans, model.config),
+        max_new_tokens=NEW,
+        attention_mask=mask,
+    )
+    kvbits.enable(model)
+    expected = stock_tokens(model, input_ids, QuantizedCache(plans, model.config), mask)
+    assert torch.equal(made.tokens, expected)
+
+
 def test_rows_end_at_their_stop_token(model):
     input_ids = prompt()
     free = generate(model, input_ids, new_cache(model, "packed"), max_new_tokens=NEW).tokens
@@ -199,14 +217,14 @@ def test_settings_out_of_range_are_refused(model, settings, message):
 
 
 def test_more_tokens_than_room_are_refused_before_the_prompt(model):
-    cache = new_cache(model, "packed", max_tokens=31)
-    with pytest.raises(ValueError, match="max_tokens of the cache must be at least 32"):
+    cache = new_cache(model, "packed", max_tokens=30)
+    with pytest.raises(ValueError, match="max_tokens of the cache must be at least 31"):
         generate(model, prompt(), cache, max_new_tokens=NEW)
     assert cache.get_seq_length() == 0
 
 
 def test_capturing_needs_a_gpu_and_room(model):
-    with pytest.raises(UnsupportedModelError, match="capture=True needs a cache"):
+    with pytest.raises(UnsupportedModelError, match="capture must be None or False"):
         generate(model, prompt(), new_cache(model, "packed"), max_new_tokens=NEW, capture=True)
 
 

@@ -2,8 +2,8 @@
 
 A captured step reads nothing from the host: the cache's lengths, the token, its position and what
 is finished lie on the device, so one graph serves all steps. Tokens reach the host a step late, so
-that it never waits for the device. ``model.generate`` works with the same caches; this loop is for
-speed, and for everything it does not need beam search, assistants or logits processors.
+that it never waits for the device. ``model.generate`` works with the same caches: for beam search,
+assistants and logits processors, which this loop does not have.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from kvbits.attention.hf import enable
+from kvbits.attention.triton.schedule import unsupported_heads
 from kvbits.cache.hf import QuantizedCache
 from kvbits.errors import UnsupportedModelError
+from kvbits.geometry import ModelGeometry
 
 OnTokens = Callable[[list[int]], None]
 LEAST_HORIZON = 1024
@@ -107,29 +109,42 @@ def generate(
     """
     _check(input_ids, cache, max_new_tokens, sampling)
     is_packed = isinstance(cache, QuantizedCache)
-    with enable(model) if is_packed else nullcontext():
-        loop = _Loop(model, cache, sampling, stop_ids, pad_id)
+    # Streams, events and graphs are the current device's, which need not be the model's.
+    here = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
+    with enable(model) if is_packed else nullcontext(), here:
+        loop = _Loop(model, cache, sampling, stop_ids, pad_id, capture)
         started = _now(model)
         loop.prefill(input_ids, attention_mask, prefill_chunk, max_new_tokens)
         prefilled = _now(model)
-        return loop.run(max_new_tokens, capture, on_tokens, prefilled - started)
+        made = loop.run(max_new_tokens, on_tokens)
+        return made._replace(prefill_seconds=prefilled - started)
 
 
 class _Loop:
     """State of one generation, all of it on the device."""
 
     def __init__(
-        self, model: Any, cache: Any, sampling: Sampling, stop_ids: Sequence[int], pad_id: int
+        self,
+        model: Any,
+        cache: Any,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        capture: bool | None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.sampling = sampling
         self.pad_id = pad_id
+        # Packed layers remember the padding of the prompt; layers of transformers' own do not.
+        self._knows_padding = isinstance(cache, QuantizedCache) and cache.is_packed
         self.stop_ids = torch.tensor(list(stop_ids), device=model.device)
         self._stops = set(stop_ids)
         self._ended: set[int] = set()  # rows that have stopped, as far as the host knows
         self._graph: torch.cuda.CUDAGraph | None = None
         self._horizon = 0
+        self._must_capture = bool(capture)
+        self._is_plain = capture is False or not self._may_capture()
         self._num_steps = 0
         self._setup_seconds = 0.0
         self._setup_steps = 0
@@ -139,6 +154,7 @@ class _Loop:
     ) -> None:
         """Run the prompt and draw the first token."""
         batch, num_tokens = input_ids.shape
+        mask = None if mask is None else mask.to(self.model.device)
         seen = self.cache.get_seq_length()
         for start in range(0, num_tokens, chunk or num_tokens):
             part = input_ids[:, start : start + (chunk or num_tokens)].to(self.model.device)
@@ -171,7 +187,7 @@ class _Loop:
     def step(self) -> None:
         """One forward of one token a row."""
         arguments: dict[str, Any] = {}
-        if self.mask is not None and not isinstance(self.cache, QuantizedCache):
+        if self.mask is not None and not self._knows_padding:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
             arguments["attention_mask"] = self.mask
         logits = self.model(
@@ -188,18 +204,15 @@ class _Loop:
     def run(
         self,
         max_new_tokens: int,
-        capture: bool | None,
         on_tokens: OnTokens | None,
-        prefill_seconds: float,
     ) -> Generation:
         """Decode until every row has stopped or is full."""
-        capture = self._may_capture(capture)
         mailbox = _Mailbox(self.token) if on_tokens or self._stops else None
         if mailbox:
             mailbox.post()
         started = _now(self.model)
         while self._num_steps < max_new_tokens - 1:
-            self._advance(capture)
+            self._advance()
             self._num_steps += 1
             if mailbox and self._received(mailbox, on_tokens):
                 break
@@ -211,7 +224,7 @@ class _Loop:
         num_steps = self._num_steps - self._setup_steps
         if isinstance(self.cache, QuantizedCache):
             self.cache.check_finite()
-        return Generation(tokens, prefill_seconds, seconds, num_steps, self._graph is not None)
+        return Generation(tokens, 0.0, seconds, num_steps, self._graph is not None)
 
     def _received(self, mailbox: _Mailbox, on_tokens: OnTokens | None) -> bool:
         """Take the tokens of the step before, send the present ones; whether all rows stopped."""
@@ -234,27 +247,42 @@ class _Loop:
 
     # ----- capturing
 
-    def _may_capture(self, capture: bool | None) -> bool:
-        is_ready = (
-            isinstance(self.cache, QuantizedCache)
-            and self.cache.max_tokens is not None
-            and self.model.device.type == "cuda"
-            and self.cache.runs_on_kernels
-        )
-        if capture and not is_ready:
-            raise UnsupportedModelError(
-                "capture=True needs a cache of plan.new_cache(model, max_tokens=...) on a CUDA "
-                "device whose layers all run on kernels, got another; leave capture out"
-            )
-        return is_ready if capture is None else capture
+    def _may_capture(self) -> bool:
+        """Whether room was reserved on a GPU, so that steps could be captured."""
+        has_room = isinstance(self.cache, QuantizedCache) and self.cache.max_tokens is not None
+        return self._allowed(has_room and self.model.device.type == "cuda")
 
-    def _advance(self, capture: bool) -> None:
-        if not capture:
+    def _is_capturable(self) -> bool:
+        """Whether the steps that were taken read nothing from the host."""
+        return self._allowed(self.cache.steps_on_device and self._has_kernels_for_heads())
+
+    def _allowed(self, is_possible: bool) -> bool:
+        if self._must_capture and not is_possible:
+            raise UnsupportedModelError(
+                "capture must be None or False unless the cache is of plan.new_cache(model, "
+                "max_tokens=...) on one CUDA device and all its layers run on kernels, got True; "
+                "leave capture out"
+            )
+        return is_possible
+
+    def _has_kernels_for_heads(self) -> bool:
+        geometry = ModelGeometry.from_config(self.model.config)
+        return not any(
+            unsupported_heads(geometry.num_attention_heads // layer.num_key_value_heads)
+            for layer in geometry.layers
+        )
+
+    def _advance(self) -> None:
+        if self._is_plain:
             self.step()
             return
         if self._num_steps < EAGER_STEPS:
             self._set_up(self.step)
             self._setup_steps += 1
+            return
+        if self._graph is None and not self._is_capturable():
+            self._is_plain = True
+            self.step()
             return
         num_tokens = self.cache.get_seq_length() + 1
         if self._graph is None or num_tokens > self._horizon:
@@ -345,7 +373,7 @@ def _check(input_ids: Tensor, cache: Any, max_new_tokens: int, sampling: Samplin
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     room = getattr(cache, "max_tokens", None)
-    needed = cache.get_seq_length() + input_ids.shape[1] + max_new_tokens
+    needed = cache.get_seq_length() + input_ids.shape[1] + max_new_tokens - 1  # the last stays out
     if room is not None and needed > room:
         raise ValueError(
             f"max_tokens of the cache must be at least {needed}, tokens it holds, prompt and new "

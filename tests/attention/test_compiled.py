@@ -116,6 +116,20 @@ def test_pages_in_pieces_and_in_another_order_are_read(plan, eager):
     torch.testing.assert_close(output.double(), expected(query, states), **CLOSE)
 
 
+def test_sides_that_hold_different_tokens_go_to_the_reference(eager, calls):
+    """A crop cuts a block of keys and no values."""
+    plan = LayerPlan.uniform(
+        Affine(bits=4, granularity="per_channel", group_size=32), Affine(bits=2)
+    )
+    layer = PackedLayer(plan, impl="compiled")
+    layer.update(*random_states(70))
+    layer.crop(20)
+    query, states = random_query(), layer.update(*random_states(1, seed=3))
+    output = api.attend(query, states, None, SCALE)
+    torch.testing.assert_close(output.double(), expected(query, states), **CLOSE)
+    assert not calls
+
+
 def test_what_is_no_plain_step_goes_to_the_reference(eager, calls):
     plan = PLANS["token-4"]
     _, states = last_step(plan, 200, num_queries=3)

@@ -581,7 +581,7 @@ def test_offloading_on_a_gpu_moves_pages_and_gives_the_same_tokens(plan):
         assert torch.equal(generate(model, input_ids, cache), expected)
     cache.layers[0].offload()
     store = cache.packed_layers[0].stores("key")[0]
-    assert all(p.device.type == "cpu" for chunk in store._chunks for p in chunk.values())
+    assert all(p.device.type == "cpu" for chunk in store._chunks for p in chunk.planes.values())
 
 
 # ----- what the model is left like

@@ -132,7 +132,20 @@ def test_exact_layers_in_pages_give_the_logits_of_the_stock_cache(model):
         assert_close(
             step_logits(model, cache), step_logits(model, DynamicCache(config=model.config))
         )
-        assert cache.runs_on_kernels == (impl == "triton")
+        assert cache.steps_on_device == (impl == "triton")
+
+
+def test_steps_are_on_the_device_while_every_layer_takes_them_by_kernels(llama):
+    token = prompt()[:, :1]
+    cache = new_cache(llama, PLANS["token-8"], impl="triton", max_tokens=64)
+    with torch.no_grad():
+        llama(prompt()[:, :PROMPT], past_key_values=cache)
+        assert not cache.steps_on_device
+        llama(token, past_key_values=cache)
+        assert cache.steps_on_device
+        cache.activate_past_recording()
+        llama(token, past_key_values=cache)
+        assert not cache.steps_on_device
 
 
 def test_a_mask_of_the_callers_own_is_obeyed_by_the_reference(llama):

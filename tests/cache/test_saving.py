@@ -45,6 +45,23 @@ def saved(path):
 
 
 @plans
+def test_a_cache_with_room_keeps_it(plan, path):
+    model = shared_model("llama")
+    with kvbits.enable(model), torch.no_grad():
+        cache = new_cache(model, plan, max_tokens=300)
+        model(prompt(num_tokens=100), past_key_values=cache)
+        kvbits.save_cache(cache, path)
+        loaded = kvbits.load_cache(path, model)
+        assert loaded.max_tokens == 300
+        assert loaded.nbytes == cache.nbytes
+        for _ in range(150):
+            step = prompt(num_tokens=1, seed=5)
+            ours, theirs = (model(step, past_key_values=c).logits for c in (loaded, cache))
+            assert torch.equal(ours, theirs)
+        assert loaded.nbytes == cache.nbytes
+
+
+@plans
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_cache_continues_bit_for_bit(family, plan, path):
     model = shared_model(family)

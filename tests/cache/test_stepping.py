@@ -267,3 +267,110 @@ def test_the_shape_inspect_shows_is_the_shape_a_step_has(plan):
         value_head_dim=DIM,
     )
     assert shapes == schedules.decode_shapes(plan, geometry, HEADS * QUERIES, 400, batch=2)
+
+
+def attention(layers, num_queries, states, **options):
+    """Attention of the next queries by both layers, float64 ``[B, Q, H_q, D]``."""
+    views = feed(layers, states, [num_queries])
+    generator = torch.Generator().manual_seed(3)
+    rows = len(layers[0].padding)
+    query = torch.randn(rows, HEADS * QUERIES, num_queries, DIM, generator=generator)
+    query = query.to(torch.bfloat16).to(DEVICE)
+    return [api.attend(query, view, None, DIM**-0.5, **options).double().cpu() for view in views]
+
+
+def assert_same_attention(layers, num_queries, states, **options):
+    ours, theirs = attention(layers, num_queries, states, **options)
+    # Both round a probability-weighted sum to bfloat16; see test_triton_decode.py.
+    assert (ours - theirs).norm() < 6e-3 * theirs.norm()
+
+
+@every_plan
+def test_the_first_token_alone_is_attended_to(plan):
+    assert_same_attention(new_layers(plan, (0, 0)), 1, random_states(4))
+
+
+@pytest.mark.parametrize("name", ["token-4-2", "token-3-8", "kivi-64-sinks", "head-groups"])
+def test_a_step_that_is_held_back_is_attended_to(name):
+    """Its exact tokens lie in a plain tail, not in the ring."""
+    layers = new_layers(PLANS[name], (0, 60))
+    states = random_states(450)
+    feed(layers, states, [200])
+    for layer in layers:
+        layer.is_recording = True
+    for _ in range(3):
+        assert_same_attention(layers, 1, states)
+
+
+@every_plan
+def test_rows_that_were_copied_write_to_pages_of_their_own(plan):
+    """Room reserved for a row must not be shared with its copies."""
+    layers = new_layers(plan, (0, 0), max_tokens=400)
+    feed(layers, random_states(150), [150])
+    for layer in layers:
+        layer.map_rows([0, 0, 1, 0])
+    feed(layers, random_states(400, rows=4, seed=2), [1] * 150)
+    assert_same_bytes(*layers)
+
+
+def test_a_row_cut_back_writes_to_pages_of_its_own():
+    layers = new_layers(PLANS["token-4-2"], (0, 0), max_tokens=400)
+    feed(layers, random_states(300), [300])
+    for layer in layers:
+        layer.map_rows([0, 0])
+        layer.crop(170)
+    feed(layers, random_states(400, seed=2), [1] * 100)
+    assert_same_bytes(*layers)
+
+
+@pytest.mark.parametrize("plan", [PLANS["token-4-2"], PLANS["exact"]], ids=["token", "exact"])
+@pytest.mark.parametrize(("window", "num_queries"), [(64, 64), (20, 90), (130, 33)])
+def test_every_query_of_a_chunk_sees_its_own_window(plan, window, num_queries):
+    layers = new_layers(plan, (0, 7))
+    states = random_states(450)
+    feed(layers, states, [256])
+    assert_same_attention(layers, num_queries, states, window=window)
+
+
+def test_groups_of_different_blocks_flush_together():
+    plan = LayerPlan(
+        groups=(
+            HeadGroup(heads=(1,), key=channel(4, 32), value=Affine(bits=2)),
+            HeadGroup(heads=(0,), key=channel(2, 64), value=Affine(bits=4)),
+        ),
+        residual_length=5,
+    )
+    layers = new_layers(plan, (0, 9))
+    states = random_states(400)
+    feed(layers, states, [70, *[1] * 140])
+    assert_same_bytes(*layers)
+    assert_same_attention(layers, 1, states)
+
+
+def test_rings_of_different_size_are_left_to_the_host():
+    layers = new_layers(PLANS["kivi-32"], (0, 0))
+    states = random_states(450)
+    feed(layers, states, [200])
+    for layer in layers:
+        layer.crop(60)
+        layer.is_recording = True
+    feed(layers, states, [50, 5])
+    for layer in layers:
+        layer.crop(0)
+        layer.is_recording = False
+    for _ in range(40):
+        assert_same_attention(layers, 1, states)
+    assert_same_bytes(*layers)
+
+
+def test_rows_of_a_ragged_batch_get_their_pages_together(monkeypatch):
+    """Each row alone would rebuild the table at a step of its own."""
+    layer = PackedLayer(PLANS["token-4-2"], impl="triton")
+    layer.set_padding((0, 10, 20, 30))
+    states = random_states(400, rows=4)
+    feed([layer], states, [100, 1])
+    tables = set()
+    for _ in range(128):
+        feed([layer], states, [1])
+        tables.add(layer.stores("key")[0].table.data_ptr())
+    assert len(tables) <= 3

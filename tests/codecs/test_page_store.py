@@ -389,8 +389,10 @@ def test_moving_a_store_keeps_its_states(codec):
     store = new_store(codec)
     store.append(random_states(blocks(codec, 100)[0]))
     before = store.read(0, 100)
-    store.to(torch.device("cpu"))
-    assert torch.equal(store.read(0, 100), before)
+    moved = store.to(torch.device("cpu"))
+    assert moved is not store
+    assert torch.equal(moved.read(0, 100), before)
+    assert torch.equal(store.read(0, 100), before), "who holds the old one can still read it"
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -81,10 +81,11 @@ def attend(
 
 
 def _is_step(states: LayerStates, is_plain: bool, window: int | None) -> bool:
-    """Whether a call is a decode step that sees all of a layer, of which something is packed."""
+    """Whether a call is a decode step over all of a layer that has as much packed of each side."""
     sees_all = window is None or int(states.row_lengths.max(initial=0)) <= window
-    is_packed = max(states.key.stores[0][0].lengths) > 0
-    return states.num_queries == 1 and is_plain and sees_all and is_packed
+    packed = [side.stores[0][0].lengths for side in (states.key, states.value)]
+    is_even = packed[0] == packed[1] and max(packed[0]) > 0
+    return states.num_queries == 1 and is_plain and sees_all and is_even
 
 
 def _unsupported_call(

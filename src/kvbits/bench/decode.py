@@ -12,8 +12,6 @@ from kvbits.attention.api import Impl
 from kvbits.bench.workloads import Variant, Workload, cache_bytes, fill
 from kvbits.generation import Generation, generate
 
-SPARE_TOKENS = 8  # steps before the timed ones, and the last, which needs room too
-
 
 def measure(
     model: Any,
@@ -115,7 +113,7 @@ def _decode(
     batch, context, new_tokens = workload
     is_cuda = model.device.type == "cuda"
     # On a CPU there is nothing to capture, and exact layers are the stock layers.
-    room = context + new_tokens + SPARE_TOKENS if is_cuda else None
+    room = context + new_tokens if is_cuda else None
     cache = variant.new_cache(model, room, impl)
     width = context
     if not is_prompted:

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from kvbits.attention.api import KERNEL_IMPLS, Impl
+from kvbits.attention.api import Impl
 from kvbits.attention.states import StatesHandle
 from kvbits.cache.layer import PackedLayer
 from kvbits.cache.stepping import Clocks
@@ -197,13 +197,16 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         return sum(layer.num_reencoded_tokens for layer in self.packed_layers.values())
 
     @property
-    def runs_on_kernels(self) -> bool:
-        """Whether every layer that has states appends and attends by kernels alone."""
-        layers = [layer for layer in self.layers if layer.is_initialized]
-        return bool(layers) and all(
-            isinstance(layer, PackedCacheLayer) and layer.packed.impl in KERNEL_IMPLS
-            for layer in layers
-        )
+    def is_packed(self) -> bool:
+        """Whether every layer lies in pages; exact layers do if room was reserved."""
+        return len(self.packed_layers) == len(self.layers)
+
+    @property
+    def steps_on_device(self) -> bool:
+        """Whether all layers took their last token by kernels alone, on one device."""
+        layers = self.packed_layers.values()
+        is_one = len({layer.device for layer in layers}) == 1
+        return self.is_packed and is_one and all(layer.is_stepping for layer in layers)
 
     def check_finite(self) -> None:
         """Raise ``CalibrationError`` if decode steps brought states that are not finite."""

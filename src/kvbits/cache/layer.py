@@ -233,6 +233,16 @@ class PackedLayer:
 
     # ----- steps on the device
 
+    @property
+    def is_stepping(self) -> bool:
+        """Whether the last token was appended by a kernel alone."""
+        return self._stepper is not None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the states lie, once there are any."""
+        return self._sides["key"].sinks.device if self._sides else None
+
     def _may_step(self) -> bool:
         """Whether one more token may be appended by a kernel alone."""
         if self.impl not in KERNEL_IMPLS or self.is_recording or self.num_tokens == 0:
@@ -242,10 +252,12 @@ class PackedLayer:
         return self._stepper is not None
 
     def _is_settled(self) -> bool:
-        """Whether both sides hold the same tokens, and all that should be packed is."""
-        key, value = (self._sides[side].packed for side in SIDES)
+        """Whether both sides hold the same tokens, in alike rings, with all packed that is due."""
+        key, value = (self._sides[side] for side in SIDES)
         due = self.plan.packed_lengths(self._row_lengths()).key
-        return bool((key == value).all() and (key >= due).all())
+        is_alike = key.ring.capacity == value.ring.capacity  # recording may have grown one
+        is_even = bool((key.packed == value.packed).all())
+        return is_alike and is_even and bool((key.packed >= due).all())
 
     def _new_stepper(self) -> Stepper:
         key, value = (self._sides[side] for side in SIDES)

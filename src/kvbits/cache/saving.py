@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +24,7 @@ from kvbits.layer_plan import LayerPlan
 
 _FORMAT = "kvbits-cache-1"
 _PLANS = TypeAdapter(tuple[LayerPlan, ...])
+_ROOM = TypeAdapter(Annotated[int, Field(ge=1)] | None)
 
 
 def save_cache(cache: QuantizedCache, path: str | Path) -> None:
@@ -44,6 +45,7 @@ def save_cache(cache: QuantizedCache, path: str | Path) -> None:
         "plans": _PLANS.dump_json(cache.plans).decode(),
         "layers": json.dumps(facts),
         "quantize_prefill": json.dumps(cache.quantize_prefill),
+        "max_tokens": json.dumps(cache.max_tokens),
     }
     save_file(tensors, path, metadata=header | {"sha256": _checksum(tensors, header)})
 
@@ -62,12 +64,15 @@ def load_cache(path: str | Path, model: Any) -> QuantizedCache:
         plans = _PLANS.validate_json(header["plans"])
         facts = json.loads(header["layers"])
         quantize_prefill = bool(json.loads(header["quantize_prefill"]))
+        max_tokens = _ROOM.validate_json(header["max_tokens"])
     except (KeyError, ValueError, ValidationError) as error:
         raise RecordError(
             f"path must be a kvbits cache, got a damaged header in {path}"
         ) from error
     watch_padding(model)
-    cache = QuantizedCache(plans, model.config, quantize_prefill=quantize_prefill)
+    cache = QuantizedCache(
+        plans, model.config, quantize_prefill=quantize_prefill, max_tokens=max_tokens
+    )
     for index, (layer, fact) in enumerate(zip(cache.layers, facts, strict=True)):
         prefix = f"{index}."
         own = {

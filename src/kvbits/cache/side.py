@@ -112,11 +112,10 @@ class SideStorage:
         """Move all states to ``device``."""
         self.ring.buffer = self.ring.buffer.to(device, non_blocking=True)
         self.sinks = self.sinks.to(device, non_blocking=True)
-        self.stores = [
-            (store, None if heads is None else heads.to(device)) for store, heads in self.stores
+        self.stores = [  # an attention call that is under way reads the old ones
+            (store.to(device), None if heads is None else heads.to(device))
+            for store, heads in self.stores
         ]
-        for store, _ in self.stores:
-            store.to(device)
 
     def export(self) -> dict[str, Tensor]:
         """Sinks and pages by name; not the residual, whose place in a ring says little."""

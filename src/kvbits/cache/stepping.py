@@ -130,12 +130,14 @@ class Stepper:
         )
 
     def _make_room(self, num_tokens: int) -> None:
-        """Give every row the pages it needs by now, and find out when it needs more."""
-        due = self.packed(num_tokens)
-        rows = range(len(due))
+        """Give every row as many pages as the longest needs by now, and find out when that ends.
+
+        The pool has them anyway, and tables are built anew once a page, not once a page and row.
+        """
+        longest = self.packed(num_tokens).max(initial=0)
         for store in self._stores():
-            counts = due - np.asarray(store.lengths)
-            store.make_room(list(rows), np.maximum(counts, 0).tolist())
+            counts = longest - np.asarray(store.lengths)
+            store.make_room(list(range(len(counts))), np.maximum(counts, 0).tolist())
         room = np.min([store.room for store in self._stores()], axis=0)
         plan = self._plan
         last = room + plan.sink_tokens + plan.residual_length + plan.quantum - 1

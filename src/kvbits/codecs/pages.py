@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -166,23 +167,24 @@ class PageStore:
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of ``row`` from ``length`` on (a multiple of the codec's block)."""
-        keep = max(-(-length // self.page_tokens), self._reserved_pages)
-        for page in self._pages[row][keep:]:
+        used = -(-length // self.page_tokens)
+        for page in self._pages[row][used:]:
             self._release(page)
-        del self._pages[row][keep:]
+        del self._pages[row][used:]
         self.lengths[row] = length
-        self._table = None
+        self._refill()
 
     def map_rows(self, index: Sequence[int]) -> None:
         """Make row i a copy of what row ``index[i]`` was; pages are shared, not copied."""
         former = self._pages
-        self._pages = [list(former[i]) for i in index]
         self.lengths = [self.lengths[i] for i in index]
+        used = [-(-length // self.page_tokens) for length in self.lengths]
+        self._pages = [former[i][:count] for i, count in zip(index, used, strict=True)]
         for page in (page for pages in self._pages for page in pages):
             self._references[page] += 1
         for page in (page for pages in former for page in pages):
             self._release(page)
-        self._table = None
+        self._refill()
 
     @property
     def planes(self) -> dict[str, Tensor]:
@@ -204,8 +206,13 @@ class PageStore:
         if order is not None:
             permutation = torch.randperm(len(self._free), generator=order)
             self._free = [self._free[i] for i in permutation.tolist()]
+        self._refill()
+
+    def _refill(self) -> None:
+        """Give every row the pages that were reserved for it: none that another row uses."""
+        self._reserve(self._reserved_pages)
         for pages in self._pages:
-            pages.extend(self._allocate(count - len(pages)))
+            pages.extend(self._allocate(max(0, self._reserved_pages - len(pages))))
         self._table = None
 
     @property
@@ -222,41 +229,46 @@ class PageStore:
         self._reserve(max(*needed, *map(len, self._pages)))
         for row, count in zip(rows, needed, strict=True):
             pages, last = self._pages[row], self.lengths[row] // self.page_tokens
-            # Reserved pages may be shared beyond the one that is being filled.
-            for position in range(last, min(count, len(pages))):
-                if self._references[pages[position]] > 1:
-                    self._unshare(pages, position)
+            if last < min(count, len(pages)) and self._references[pages[last]] > 1:
+                self._unshare(pages, last)
             if count > len(pages):
                 pages.extend(self._allocate(count - len(pages)))
                 self._table = None
 
-    def to(self, device: torch.device) -> None:
-        """Move every page to ``device``."""
-        self._chunks = [
+    def to(self, device: torch.device) -> PageStore:
+        """The store with every page on ``device``; this one stays, for who still reads it."""
+        moved = copy.copy(self)
+        moved._chunks = [
             self._chunk(chunk.start, chunk.records.to(device, non_blocking=True))
             for chunk in self._chunks
         ]
-        self._positions = self._positions.to(device)
-        self._table = None
-        self.device = device
+        moved._positions = self._positions.to(device)
+        moved._table = None
+        moved.device = device
+        return moved
 
     def export_pages(self) -> dict[str, Tensor]:
         """The pages of every row, each row padded to the longest: plane name to tensor."""
-        return self._gather(0, max(map(len, self._pages)))
+        used = [-(-length // self.page_tokens) for length in self.lengths]
+        return self._gather_pages(
+            [
+                pages[i] if i < count else 0
+                for pages, count in zip(self._pages, used, strict=True)
+                for i in range(max(used))
+            ]
+        )
 
     def import_pages(self, planes: dict[str, Tensor], lengths: Sequence[int]) -> None:
         """Fill an empty store with what ``export_pages`` returned for rows of ``lengths``."""
         needed = [-(-length // self.page_tokens) for length in lengths]
+        width = len(planes["codes"]) // max(1, len(lengths))  # pages of each row as exported
+        self.make_room(list(range(len(lengths))), list(lengths))
         self.lengths = list(lengths)
-        self._reserve(max(needed))
-        self._pages = [self._allocate(count) for count in needed]
-        self._table = None
-        own = [
-            row * max(needed) + page for row, count in enumerate(needed) for page in range(count)
-        ]
-        if own:  # all pages were just allocated in one chunk, in order
-            for name, plane in self._chunks[0].planes.items():
-                plane[: len(own)] = planes[name][torch.tensor(own)].to(plane)
+        ids = [page for row, count in enumerate(needed) for page in self._pages[row][:count]]
+        own = [row * width + page for row, count in enumerate(needed) for page in range(count)]
+        if own:
+            for name, plane in self.planes.items():  # one chunk: it was empty
+                plane[torch.tensor(ids)] = planes[name][torch.tensor(own)].to(plane)
 
     # ----- pages
 

@@ -82,10 +82,11 @@ def attend(
         "SOFTCAP": softcap is not None,
         "COMPILED": not _is_interpreted(),
     }
-    for group, shape, plan in zip(states.groups, shapes, plans, strict=True):
-        launch = _launch_int8 if plan.form == "int8" else _launch_fp16
-        launch(query, states, group, shape, plan, partials, options)
-    return _merge(query, states, partials, sink_logits)
+    with torch.cuda.device_of(query):
+        for group, shape, plan in zip(states.groups, shapes, plans, strict=True):
+            launch = _launch_int8 if plan.form == "int8" else _launch_fp16
+            launch(query, states, group, shape, plan, partials, options)
+        return _merge(query, states, partials, sink_logits)
 
 
 def shape_of(
@@ -105,6 +106,7 @@ def shape_of(
         rows=group.key.num_heads * states.tails[0].shape[0],
         num_tokens=states.most_packed,
         exact_tokens=states.most_exact,
+        is_ring=states.is_ring,
     )
 
 

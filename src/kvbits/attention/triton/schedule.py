@@ -68,6 +68,7 @@ class Shape(NamedTuple):
         rows: Batch rows times key/value heads of the store.
         num_tokens: Packed tokens of the longest row that the call should be good for.
         exact_tokens: Room for exact tokens: sinks and residual, or the new chunk.
+        is_ring: Whether exact tokens lie in a ring; the int8 form reads no others.
     """
 
     key: SideShape
@@ -77,6 +78,7 @@ class Shape(NamedTuple):
     rows: int
     num_tokens: int
     exact_tokens: int
+    is_ring: bool = True
 
 
 class Schedule(NamedTuple):
@@ -248,7 +250,7 @@ def _form(shape: Shape) -> Form:
     few = shape.num_queries == 1 and shape.group_queries <= INT8_QUERIES
     # Per-channel scales multiply the query; in fp16 that takes a trip through shared memory.
     per_channel = shape.num_queries == 1 and shape.key.key_group > 0 and shape.group_queries <= 8
-    return "int8" if is_packed and (few or per_channel) else "fp16"
+    return "int8" if is_packed and shape.is_ring and (few or per_channel) else "fp16"
 
 
 def _tile(shape: Shape) -> int:

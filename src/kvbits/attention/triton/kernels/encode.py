@@ -361,29 +361,31 @@ def append_side(
     p_x = X + i_b.to(tl.int64) * sx_b + i_h * sx_h
     b_x = tl.load(p_x + o_d, mask=m_d, other=0.0)
     if packed > before:
-        o_t = tl.arange(0, QUANTUM)
-        position = S + before + o_t
+        BLOCK: tl.constexpr = G if G > 0 else QUANTUM  # another head group may have larger ones
         page = tl.load(TABLE + i_b.to(tl.int64) * table_stride + before // PAGE)
-        p_t = p_x + tl.zeros([QUANTUM], tl.int32)  # the newest token is not in the ring yet
-        if CAP > 0:
-            p_t = tl.where(position == own, p_t, RING + (i_row * CAP + position % CAP) * D)
         at = before // QUANTUM % (PAGE // QUANTUM) * QUANTUM if QUANTUM > 1 else before % PAGE
-        encode_tile(
-            p_t,
-            o_t < packed - before,
-            packed - before == QUANTUM,
-            POOL,
-            page,
-            at,
-            i_hs,
-            HS,
-            D,
-            BITS,
-            G,
-            GROUPS,
-            PAGE,
-            IS_KEY,
-        )
+        for j in tl.static_range(QUANTUM // BLOCK):
+            o_t = j * BLOCK + tl.arange(0, BLOCK)
+            position = S + before + o_t
+            p_t = p_x + tl.zeros([BLOCK], tl.int32)  # the newest token is not in the ring yet
+            if CAP > 0:
+                p_t = tl.where(position == own, p_t, RING + (i_row * CAP + position % CAP) * D)
+            encode_tile(
+                p_t,
+                o_t < packed - before,
+                packed - before == QUANTUM,
+                POOL,
+                page,
+                at + j * BLOCK,
+                i_hs,
+                HS,
+                D,
+                BITS,
+                G,
+                GROUPS,
+                PAGE,
+                IS_KEY,
+            )
     if own < S:
         tl.store(SINK + (i_row * S + own) * D + o_d, b_x, mask=m_d)
     elif CAP > 0:

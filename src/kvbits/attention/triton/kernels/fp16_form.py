@@ -267,8 +267,8 @@ def attend_fp16(
     top = 1e-20  # largest value scale so far: probabilities times scales stay within fp16
 
     begin, step, num_tiles = tiles_of_split(
-        i_s, length, packed, per_split, num_splits, BN, S, WINDOW
-    )
+        i_s, length - NQ + 1, packed, per_split, num_splits, BN, S, WINDOW
+    )  # from the window of the first query on
     K_TABLE += i_b.to(tl.int64) * k_stride
     V_TABLE += i_b.to(tl.int64) * v_stride
     for t in range(begin, num_tiles, step):
