@@ -98,8 +98,8 @@ def test_a_second_turn_continues_the_cache(model, kind, is_padded):
     mask = torch.nn.functional.pad(mask, (0, width - mask.shape[1]), value=1)
     second = generate(model, turn, cache, max_new_tokens=NEW, attention_mask=mask).tokens
     whole = torch.cat((first, made[:, :-1], turn), 1)
+    assert cache.get_seq_length() == width + NEW - 1
     if kind == "packed":  # decoded while new, so a prompt of all tokens sees something else
-        assert cache.get_seq_length() == width + NEW - 1
         return
     expected = generate(
         model, whole, new_cache(model, kind), max_new_tokens=NEW, attention_mask=mask

@@ -114,6 +114,8 @@ def layer_bytes(
     Returns:
         Pages, block tables, sinks and residual, in bytes.
     """
+    if not layer.holds_states:
+        return 0
     if plan.is_exact and max_tokens is None:
         return exact_bytes(layer, num_tokens, batch, state_bits)
     packed = plan.packed_lengths(np.array([num_tokens, max_tokens or 0]))

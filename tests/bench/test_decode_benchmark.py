@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvbits.bench import decode, process_memory
+from kvbits.bench import decode, memory, process_memory
 from kvbits.bench.workloads import Workload, parse_variant
 from kvbits.testing import tiny_model
 
@@ -52,14 +52,31 @@ def test_a_prompt_that_is_run_counts(model):
 
 
 def test_the_peak_of_a_process_stands_beside_the_formula(tiny_model_dir, monkeypatch):
-    for name, value in {"BATCH": 2, "CONTEXT": 96, "CHUNK": 32, "STEPS": 2}.items():
+    for name, value in {"BATCH": 2, "CHUNK": 32, "STEPS": 2}.items():
         monkeypatch.setattr(process_memory, name, value)
-    record = process_memory.run(str(tiny_model_dir), "K4V2")
-    assert record["cache_bytes"] == record["formula_bytes"]
-    assert record["context"] == 98
-    assert record["peak_bytes"] >= 0
+    for dtype in ("bfloat16", "float32"):
+        record = process_memory.run(str(tiny_model_dir), "K4V2@kivi", 96, dtype)
+        assert record["cache_bytes"] == record["formula_bytes"]
+        assert record["context"] == 98
+        assert record["effective_bits_at_context"] > record["effective_bits"]
 
 
 def test_a_process_that_fails_says_why(tmp_path):
-    with pytest.raises(RuntimeError, match=r"K4V2: .*"):
+    with pytest.raises(RuntimeError, match=r"K4V2: \w+"):
         next(process_memory.measure(str(tmp_path), ["K4V2"]))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 7, 63, 64])
+def test_the_largest_batch_is_the_last_that_ran(limit, model, monkeypatch):
+    tried = []
+
+    def peak(_model, _plan, batch, _context):
+        tried.append(batch)
+        return 1000 + batch if batch <= limit else None
+
+    monkeypatch.setattr(memory, "_peak_bytes", peak)
+    plan = parse_variant("K4V2", model.config).plan
+    free = 64 * memory._bytes(model, plan, 100)  # what 64 rows would take
+    found = memory._largest(model, plan, 100, free)
+    assert found == (limit, 1000 + limit if limit else 0)
+    assert max(tried) <= 64

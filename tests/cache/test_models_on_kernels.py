@@ -149,19 +149,21 @@ def test_steps_are_on_the_device_while_every_layer_takes_them_by_kernels(llama):
 
 
 def test_a_mask_of_the_callers_own_is_obeyed_by_the_reference(llama):
-    input_ids = prompt()
-    for impl, is_refused in (("auto", False), ("triton", True)):
+    mask = torch.ones(2, 1, 1, PROMPT + 1, dtype=torch.bool, device=DEVICE)
+    mask[..., 5:9] = False
+
+    @torch.no_grad()
+    def masked_logits(impl, mask):
         cache = new_cache(llama, PLANS["token-8"], impl=impl)
-        with torch.no_grad():
-            llama(input_ids[:, :PROMPT], past_key_values=cache)
-            mask = torch.ones(2, 1, 1, PROMPT + 1, dtype=torch.bool, device=DEVICE)
-            mask[..., 5:9] = False
-            inputs = {"attention_mask": mask, "past_key_values": cache}
-            if is_refused:
-                with pytest.raises(KernelUnavailableError, match="a mask that is not causal"):
-                    llama(input_ids[:, PROMPT : PROMPT + 1], **inputs)
-            else:
-                llama(input_ids[:, PROMPT : PROMPT + 1], **inputs)
+        llama(prompt()[:, :PROMPT], past_key_values=cache)
+        token = prompt()[:, PROMPT : PROMPT + 1]
+        return llama(token, attention_mask=mask, past_key_values=cache).logits
+
+    obeyed = masked_logits("auto", mask)
+    assert torch.equal(obeyed, masked_logits("reference", mask))
+    assert not torch.equal(obeyed, masked_logits("reference", None))
+    with pytest.raises(KernelUnavailableError, match="a mask that is not causal"):
+        masked_logits("triton", mask)
 
 
 def test_room_cannot_be_reserved_for_recurrent_layers():

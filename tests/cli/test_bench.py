@@ -40,7 +40,7 @@ def test_decode_prints_a_table_and_appends_records(tiny_model_dir, tmp_path):
     assert second["subject"] == tiny_model_dir.name
     assert second["threads"] == torch.get_num_threads()
     assert {"machine", "versions", "commit", "command", "created"} <= set(second)
-    assert "Decoding with 70 tokens a row" in (tmp_path / "decode.html").read_text()
+    assert "decoding with 70 tokens a row" in (tmp_path / "decode.html").read_text()
 
 
 def test_a_config_without_weights_is_enough(tiny_model_dir, tmp_path):
@@ -55,14 +55,23 @@ def test_a_config_without_weights_is_enough(tiny_model_dir, tmp_path):
     assert record["generated_per_second"] > 0
 
 
-def test_memory_stands_beside_the_formula(tiny_model_dir, tmp_path, monkeypatch):
-    def in_this_process(model, names):
-        return (process_memory.run(model, name) for name in names)
+SMALL = ("--device", "cpu", "--context", 64)
 
-    monkeypatch.setattr(process_memory, "CONTEXT", 64)
+
+def test_memory_of_a_bad_plan_starts_no_process(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(process_memory, "measure", None)
+    result = run("memory", tiny_model_dir, "--plan", "K5", *SMALL, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "plan must be 'dynamic', a pair such as K4V2" in result.output
+
+
+def test_memory_stands_beside_the_formula(tiny_model_dir, tmp_path, monkeypatch):
+    def in_this_process(model, names, *settings):
+        return (process_memory.run(model, name, *settings) for name in names)
+
     monkeypatch.setattr(process_memory, "BATCH", 2)
     monkeypatch.setattr(process_memory, "measure", in_this_process)
-    result = run("memory", tiny_model_dir, "--plan", "K4V4", "--device", "cpu", "-o", tmp_path)
+    result = run("memory", tiny_model_dir, "--plan", "K4V4", *SMALL, "-o", tmp_path)
     assert result.exit_code == 0, result.output
     (record,) = records(tmp_path / "memory.jsonl")
     assert record["cache_bytes"] == record["formula_bytes"]

@@ -16,7 +16,7 @@ from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan
 from kvbits.plan import CachePlan
 
-TOKENS = 700  # enough for a packed page under any plan
+TOKENS = 700  # enough for a packed page under the plans of benchmarks
 
 
 class LayerJob(NamedTuple):
@@ -27,18 +27,17 @@ class LayerJob(NamedTuple):
     num_query_heads: int
 
 
-def compile_ahead(jobs: Iterable[Cell | LayerJob], *, processes: int | None = None) -> list[str]:
+def compile_ahead(jobs: Iterable[Cell | LayerJob]) -> list[str]:
     """Run every job once on a small batch, so that Triton's cache on disk holds its kernels.
 
     Args:
         jobs: Cells of a kernel benchmark, or layers; equal ones run once.
-        processes: Processes; default: three quarters of the cores.
 
     Returns:
         What failed, one line each.
     """
     unique = list(dict.fromkeys(_small(job) for job in jobs))
-    processes = processes or max(1, (os.cpu_count() or 2) * 3 // 4)
+    processes = max(1, (os.cpu_count() or 2) * 3 // 4)
     parts = [unique[i::processes] for i in range(processes) if unique[i::processes]]
     if not parts:
         return []

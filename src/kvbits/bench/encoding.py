@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kvbits.attention.triton.quantize import append_prompt, append_token
-from kvbits.bench.kernels import SIDES, Cell, random_states
+from kvbits.bench.kernels import Cell, random_states
 from kvbits.bench.timing import graph_time_us
+from kvbits.codecs import packing
 from kvbits.codecs.pages import PageStore
+from kvbits.layer_plan import SIDES
 
 PROMPTS = ((64, 8192), (1, 32768))
 LAYOUTS = tuple(
@@ -20,6 +21,7 @@ LAYOUTS = tuple(
     for bits, group in ((8, 0), (4, 0), (3, 0), (2, 0), (4, 128), (4, 64), (2, 64), (2, 32))
 )
 APPEND_ROWS = 64  # times 8 heads: 512 rows
+APPENDS = 20  # of one graph
 
 
 def measure() -> Iterator[dict[str, Any]]:
@@ -60,9 +62,8 @@ def _prompt_record(cell: Cell, side: Any) -> dict[str, Any]:
         )
 
     time_us = _event_time_us(encode)
-    num_bytes = states.nbytes + store.record_units * 16 * cell.batch * -(
-        -cell.context // store.page_tokens
-    )
+    pages = cell.batch * -(-cell.context // store.page_tokens)
+    num_bytes = states.nbytes + pages * store.record_units * packing.OFFSET_UNIT
     return {
         "suite": "prompt",
         "name": f"{cell.name} {side}",
@@ -81,18 +82,18 @@ def _append_records(cell: Cell) -> Iterator[dict[str, Any]]:
     flags = torch.zeros(2, dtype=torch.int32, device="cuda")
     full = cell.context - (cell.context - cell.residual_length) % states.quantum
     states.floor.zero_()
+
+    def append() -> None:
+        append_token(states, states.groups[0], keys, values, flags, (6e4, 6e4))
+
     for is_flush in (True, False) if states.quantum > 1 else (True,):
         states.clock.fill_(full if is_flush else full - 1)
-
-        def append(keys: Tensor = keys, values: Tensor = values) -> None:
-            append_token(states, states.groups[0], keys, values, flags, (6e4, 6e4))
-
         yield {
             "suite": "append",
             "name": f"{cell.name}{'' if is_flush else ', nothing packed'}",
             "cell": cell._asdict(),
             "rows": cell.batch * cell.num_heads,
-            "time_us": round(graph_time_us([append] * 20), 2),
+            "time_us": round(graph_time_us([append] * APPENDS), 2),
         }
 
 

@@ -69,30 +69,35 @@ def _roofline(records: Sequence[Record]) -> Iterable[go.Figure]:
 
 def _throughput(records: Sequence[Record]) -> Iterable[go.Figure]:
     runs = [r for r in records if r.get("benchmark") == "decode" and "step_ms" in r]
-    for context in sorted({r["context"] for r in runs}):
+    kinds = ("subject", "impl", "is_prompted", "context")
+    for kind, alike in _by(runs, lambda r: tuple(r.get(name) for name in kinds)).items():
         series = _series(
-            [r for r in runs if r["context"] == context],
-            lambda r: r["variant"],
-            lambda r: (r["batch"], r["tokens_per_second"]),
+            alike, lambda r: r["variant"], lambda r: (r["batch"], r["tokens_per_second"])
         )
-        title = f"Decoding with {context} tokens a row"
+        subject, impl, is_prompted, context = kind
+        title = f"{subject}: decoding with {context} tokens a row"
+        title += " behind a prompt" if is_prompted else ""
+        title += f", {impl}" if impl not in {None, "auto"} else ""
         yield _lines(series, title, "rows", "tokens per second", axis="linear")
 
 
 def _largest_batch(records: Sequence[Record]) -> Iterable[go.Figure]:
     runs = [r for r in records if "largest_batch" in r]
-    if runs:
-        figure = go.Figure(
-            go.Bar(
-                x=[r["variant"] for r in runs],
-                y=[r["largest_batch"] for r in runs],
-                marker={"color": COLOURS[0]},
-            )
-        )
-        yield _finished(figure, f"Largest batch of {runs[0]['context']} tokens", "", "rows")
+    for (subject, context), alike in _by(runs, lambda r: (r["subject"], r["context"])).items():
+        points = _series(alike, lambda _: "", lambda r: (r["variant"], r["largest_batch"]))[""]
+        names, batches = zip(*points, strict=True)
+        figure = go.Figure(go.Bar(x=names, y=batches, marker={"color": COLOURS[0]}))
+        yield _finished(figure, f"{subject}: largest batch of {context} tokens", "", "rows")
 
 
 DRAWN = (_time_against_context, _roofline, _throughput, _largest_batch)
+
+
+def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
+    found: dict[Any, list[Record]] = defaultdict(list)
+    for record in records:
+        found[key(record)].append(record)
+    return found
 
 
 def _series(

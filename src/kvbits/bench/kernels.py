@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +17,11 @@ from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.decode import attend, shape_of
 from kvbits.attention.triton.schedule import Schedule
-from kvbits.bench.timing import graph_time_us
-from kvbits.codecs import Affine, AnyCodec, Identity
+from kvbits.bench.timing import graph_time_us, num_copies
+from kvbits.codecs import Affine, AnyCodec, Identity, packing
 from kvbits.codecs.pages import PageStore
-from kvbits.layer_plan import LayerPlan, Side
+from kvbits.layer_plan import SIDES, LayerPlan, Side
 
-LEAST_BYTES = 400 << 20  # over all layers of a cell: several times the cache of the GPU
-MAX_LAYERS = 48
 DEPTHS = (2, 3)
 SPLIT_FACTORS = (0.5, 0.75, 1, 1.25, 1.5, 2)
 
@@ -105,7 +104,7 @@ def random_states(cell: Cell, *, device: str = "cuda", seed: int = 0) -> KernelS
     plan, generator = cell.plan, torch.Generator(device).manual_seed(seed)
     lengths = row_lengths(cell)
     exact = cell.num_queries if cell.num_queries > 1 else 0
-    packed = [int(plan.packed_lengths(_array(length - exact))[0][0]) for length in lengths]
+    packed = plan.packed_lengths(np.array(lengths) - exact).key.tolist()
     stores = [_random_store(cell, side, packed, generator, torch.device(device)) for side in SIDES]
 
     def states(width: int) -> Tensor:
@@ -136,15 +135,6 @@ def random_states(cell: Cell, *, device: str = "cuda", seed: int = 0) -> KernelS
         packed=packed,
         most_packed=max(packed),
     )
-
-
-SIDES: tuple[Side, Side] = ("key", "value")
-
-
-def _array(number: int) -> Any:
-    import numpy as np
-
-    return np.array([number])
 
 
 def _random_store(
@@ -187,13 +177,14 @@ def random_query(cell: Cell, *, device: str = "cuda") -> Tensor:
     return query.to(torch.bfloat16).transpose(1, 2)
 
 
-def states_bytes(states: KernelStates) -> int:
-    """Bytes a step has to read: pages in use, scales, residual."""
+def states_bytes(states: KernelStates, window: int = 0) -> int:
+    """Bytes a step has to read: pages in use or in a window, scales, residual."""
     total = 0
     for group in states.groups:
         for store in (group.key, group.value):
-            pages = sum(-(-count // store.page_tokens) for count in store.lengths)
-            total += pages * store.record_units * 16
+            seen = [min(count, window or count) for count in store.lengths]
+            pages = sum(-(-count // store.page_tokens) for count in seen)
+            total += pages * store.record_units * packing.OFFSET_UNIT
     exact = int(states.clock) * len(states.packed) - int(states.padding.sum()) - sum(states.packed)
     return total + exact * states.num_heads * 4 * states.tails[0].shape[-1]
 
@@ -210,8 +201,8 @@ class CellBench:
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
         first = random_states(cell)
-        self.num_bytes = states_bytes(first)
-        count = max(2, min(MAX_LAYERS, -(-LEAST_BYTES // self.num_bytes)))
+        self.num_bytes = states_bytes(first, cell.window)
+        count = num_copies(self.num_bytes)
         self.layers = [first, *(random_states(cell, seed=i) for i in range(1, count))]
         self.query = random_query(cell)
         self.shipped = schedule_of(cell, first)
@@ -246,7 +237,7 @@ def dense_times_us(batch: int, context: int, cell: Cell) -> dict[str, float]:
 
     shape = (batch, cell.num_heads, context, cell.head_dim)
     num_bytes = 4 * batch * cell.num_heads * context * cell.head_dim
-    count = max(2, min(24, -(-LEAST_BYTES // num_bytes)))
+    count = num_copies(num_bytes)
     layers = [
         tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         for _ in range(count)

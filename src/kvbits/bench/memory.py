@@ -11,6 +11,7 @@ from kvbits.bench.workloads import Variant, fill
 from kvbits.generation import generate
 from kvbits.plan import CachePlan
 
+CONTEXT = 32768
 STEPS = 4
 SPARE_TOKENS = 256  # what a row may grow by
 
@@ -33,31 +34,43 @@ def measure(model: Any, plans: Sequence[Variant], context: int) -> Iterator[dict
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         weights = torch.cuda.memory_allocated(device)
-        batch = _largest(model, variant.plan, context, free)
+        batch, peak = _largest(model, variant.plan, context, free)
         yield {
             "variant": variant.name,
             "context": context,
             "effective_bits": round(variant.plan.effective_bits, 4),
             "largest_batch": batch,
-            "formula_bytes": variant.plan.bytes(
-                context, max(batch, 1), max_tokens=context + SPARE_TOKENS
-            ),
-            "peak_bytes": torch.cuda.max_memory_allocated(device),
+            "formula_bytes": _bytes(model, variant.plan, context, max(batch, 1)),
+            "peak_bytes": peak,
             "weights_bytes": weights,
             "device_bytes": total,
         }
 
 
-def _largest(model: Any, plan: CachePlan, context: int, free: int) -> int:
-    """Start from what the formula says and walk to the edge."""
-    batch = max(1, free // plan.bytes(context, max_tokens=context + SPARE_TOKENS))
-    step = max(1, batch // 64)
-    while batch > 0 and not _fits(model, plan, batch, context):
-        batch -= step
-    return max(batch, 0)
+def _largest(model: Any, plan: CachePlan, context: int, free: int) -> tuple[int, int]:
+    """Bisect between no rows and what free bytes would hold if a step needed no others.
+
+    Returns:
+        Rows, and the most bytes that were allocated for them.
+    """
+    fits, peak, fails = 0, 0, free // _bytes(model, plan, context) + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2 if fits else max(1, 9 * fails // 10)
+        found = _peak_bytes(model, plan, middle, context)
+        if found is None:
+            fails = middle
+        else:
+            fits, peak = middle, found
+    return fits, peak
 
 
-def _fits(model: Any, plan: CachePlan, batch: int, context: int) -> bool:
+def _bytes(model: Any, plan: CachePlan, context: int, batch: int = 1) -> int:
+    bits = 8 * model.dtype.itemsize
+    return plan.bytes(context, batch, state_bits=bits, max_tokens=context + SPARE_TOKENS)
+
+
+def _peak_bytes(model: Any, plan: CachePlan, batch: int, context: int) -> int | None:
+    """Decode a few tokens of a full batch: the peak of memory, or None if there is too little."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
     try:
@@ -66,5 +79,5 @@ def _fits(model: Any, plan: CachePlan, batch: int, context: int) -> bool:
         token = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
         generate(model, token, cache, max_new_tokens=STEPS)
     except torch.cuda.OutOfMemoryError:
-        return False
-    return True
+        return None
+    return torch.cuda.max_memory_allocated(model.device)

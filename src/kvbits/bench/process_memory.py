@@ -16,15 +16,25 @@ from typing import Any
 
 import torch
 
+from kvbits.bench.random_model import load
 from kvbits.bench.workloads import cache_bytes, parse_variant
 
 BATCH, CONTEXT, CHUNK, STEPS = 32, 2048, 256, 3
 
 
-def measure(model: str, variants: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One record per variant, each measured in a new process."""
+def measure(
+    model: str, variants: Sequence[str], context: int = CONTEXT, dtype: str = "bfloat16"
+) -> Iterator[dict[str, Any]]:
+    """One record per variant, each measured in a new process.
+
+    Args:
+        model: Model folder or hub id; without weights it gets random ones.
+        variants: See ``parse_variant``.
+        context: Tokens of a row.
+        dtype: Of the model.
+    """
     for name in variants:
-        command = [sys.executable, "-m", __name__, model, name]
+        command = [sys.executable, "-m", __name__, model, name, str(context), dtype]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
@@ -32,32 +42,32 @@ def measure(model: str, variants: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def run(path: str, name: str) -> dict[str, Any]:
+def run(path: str, name: str, context: int, dtype: str) -> dict[str, Any]:
     """Fill one cache and read the meters."""
-    from transformers import AutoModelForCausalLM
-
     import kvbits
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = load(path, "cpu", dtype)
     variant = parse_variant(name, model.config)
     loaded = _peak_bytes()
     cache = variant.new_cache(model)
     kvbits.enable(model)
-    tokens = torch.randint(0, model.config.vocab_size, (BATCH, CONTEXT))
+    tokens = torch.randint(0, model.config.vocab_size, (BATCH, context))
     for chunk in tokens.split(CHUNK, dim=1):
         model(chunk, past_key_values=cache, logits_to_keep=1)
     for _ in range(STEPS):
         model(tokens[:, :1], past_key_values=cache, logits_to_keep=1)
     plan = variant.plan or kvbits.CachePlan.uniform(model.config, 16, 16)
-    held = CONTEXT + STEPS
+    held = context + STEPS
     return {
         "variant": name,
         "batch": BATCH,
         "context": held,
-        "effective_bits": round(plan.effective_bits_at(held, BATCH), 4),
+        "dtype": dtype,
+        "effective_bits": round(plan.effective_bits, 4),
+        "effective_bits_at_context": round(plan.effective_bits_at(held, BATCH), 4),
         "cache_bytes": cache_bytes(cache),
-        "formula_bytes": plan.bytes(held, BATCH),
+        "formula_bytes": plan.bytes(held, BATCH, state_bits=8 * model.dtype.itemsize),
         "peak_bytes": _peak_bytes() - loaded,
     }
 
@@ -69,4 +79,5 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(*sys.argv[1:])))
+    _path, _name, _context, _dtype = sys.argv[1:]
+    print(json.dumps(run(_path, _name, int(_context), _dtype)))

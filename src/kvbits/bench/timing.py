@@ -12,6 +12,12 @@ import triton.language as tl
 Call = Callable[[], object]
 REPEATS = 9
 TARGET_MS = 3.0  # a timed stretch is at least this long
+COLD_BYTES = 200 << 20  # read in turn, several times the cache of any GPU
+
+
+def num_copies(num_bytes: int) -> int:
+    """Copies of ``num_bytes`` to go through in turn so that none is found in the cache."""
+    return max(2, -(-COLD_BYTES // num_bytes))
 
 
 def graph_time_us(
@@ -78,7 +84,7 @@ class ReadFloor:
     def _time_us(self, num_bytes: int, block: int, warps: int, turns: int) -> float:
         values = block * turns
         programs = max(1, num_bytes // (4 * values))
-        layers = max(1, min(24, len(self._pool) // (programs * values)))
+        layers = max(1, min(num_copies(num_bytes), len(self._pool) // (programs * values)))
         programs = min(programs, len(self._pool) // values)
 
         def call(layer: int) -> Call:

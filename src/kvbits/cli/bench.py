@@ -68,7 +68,7 @@ def kernels(
             raise ValueError(f"--suite must be one of {', '.join(known)}, got {name!r}")
     cells = [cell for name in wanted for cell in suites.get(name, [])]
     _say("compiling kernels")
-    _report_failures(compile_ahead([*cells, *(encoding.LAYOUTS if "encoding" in wanted else ())]))
+    _report_failures(compile_ahead(cells))
     path = output / "kernels.jsonl"
     for name in wanted:
         if name == "encoding":
@@ -134,7 +134,9 @@ def decode(
 def memory(
     model: ModelName,
     plan: Plans = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 32768,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; default: 32768, on a CPU 2048.")
+    ] = None,
     output: OutputDir = DEFAULT_OUTPUT,
     device: DeviceName = "auto",
     dtype: DtypeName = Dtype.AUTO,
@@ -144,18 +146,28 @@ def memory(
     """Find the largest batch that decodes, by decoding it; on a CPU, the peak of a process."""
     from kvbits.bench import memory as largest
     from kvbits.bench import process_memory
+    from kvbits.bench.workloads import parse_variant
+    from kvbits.cli.models import load_config
 
     names = plan or DEFAULT_PLANS
     path = output / "memory.jsonl"
     if not _has_gpu(device):
-        records = process_memory.measure(model, names)
-        columns = ("variant", "effective_bits", "formula_bytes", *BYTES_COLUMNS)
+        config = load_config(model)
+        for name in names:
+            parse_variant(name, config)  # a bad name should fail before any process starts
+        records = process_memory.measure(
+            model,
+            names,
+            context or process_memory.CONTEXT,
+            "bfloat16" if dtype is Dtype.AUTO else dtype.value,
+        )
+        columns = ("variant", "effective_bits_at_context", "formula_bytes", *BYTES_COLUMNS)
         _write(path, "process_memory", commit, Path(model).name, records, columns)
         return
     loaded = _load(model, device, dtype, None)
     variants = _variants(names, loaded)
     _compile_layers(variants, loaded)
-    found = largest.measure(loaded, variants, context)
+    found = largest.measure(loaded, variants, context or largest.CONTEXT)
     _write(path, "memory", commit, Path(model).name, found, LARGEST_COLUMNS)
     _draw(path)
 

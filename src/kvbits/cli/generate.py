@@ -102,10 +102,16 @@ def _new_cache(loaded: Loaded, plan: CachePlan | None, most_tokens: int) -> Any:
     """An empty cache; on a GPU one with room for all tokens, so that steps can be captured."""
     from transformers import DynamicCache
 
+    from kvbits.errors import UnsupportedModelError
+
     if plan is None:
         return DynamicCache(config=loaded.model.config)
-    is_cuda = loaded.model.device.type == "cuda"
-    return plan.new_cache(loaded.model, max_tokens=most_tokens if is_cuda else None)
+    if loaded.model.device.type != "cuda":
+        return plan.new_cache(loaded.model)
+    try:
+        return plan.new_cache(loaded.model, max_tokens=most_tokens)
+    except UnsupportedModelError:  # recurrent layers, for one, have no pages to reserve
+        return plan.new_cache(loaded.model)
 
 
 def _stop_ids(loaded: Loaded) -> list[int]:

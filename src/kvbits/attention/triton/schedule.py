@@ -1,8 +1,8 @@
 """How a shape runs on a GPU: which kernel form, which tiles, how many splits. Plain Python.
 
 A choice is a pure function of the shape, so that nothing is tuned at a user's first call, and
-``kvbits inspect`` can print it on a machine without a GPU. The constants come from measurements on
-an H200 (``benchmarks/results/kernels.jsonl``): two tiles in flight for each of eight warps hide
+``kvbits inspect`` can print it on a machine without a GPU. The constants come from trials on an
+H200: two tiles in flight for each of eight warps hide
 the latency of memory, four for large tiles; a few long splits beat many short ones.
 """
 
