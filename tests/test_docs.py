@@ -17,7 +17,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FILES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 MODEL = ROOT / "models" / "kvbits-tiny"
 FENCE = re.compile(
     r"(?P<skip><!-- not run: [^\n]+ -->\n\n?)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
@@ -111,6 +114,10 @@ def test_commands_exist_with_their_options(command):
     subcommand = group.get_command(context, words[0])
     assert subcommand is not None, f"no such command: {words[0]}"
     rest = arguments[arguments.index(words[0]) + 1 :]
+    if hasattr(subcommand, "get_command"):  # such as bench, which has commands of its own
+        name, *rest = rest
+        subcommand = subcommand.get_command(context, name)
+        assert subcommand is not None, f"no such command: {words[0]} {name}"
     known = {flag for parameter in subcommand.params for flag in parameter.opts} | {"--help"}
     used = {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
     assert used <= known, f"no such option: {used - known}"
