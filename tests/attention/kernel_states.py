@@ -160,7 +160,6 @@ def make(case, poison=False):
         residual_length=0,
         quantum=1,
         packed=list(case.packed),
-        most_packed=max(case.packed),
     )
     return query.transpose(1, 2), states, dense
 

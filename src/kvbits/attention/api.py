@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbits.attention import compiled, reference
-from kvbits.attention.states import KernelStates, LayerStates, SideStates, StepStates, StoreGroup
+from kvbits.attention.states import KernelStates, LayerStates, StepStates, store_groups
 from kvbits.attention.triton import schedule
 from kvbits.errors import KernelUnavailableError
 from kvbits.layer_plan import LayerPlan
@@ -114,7 +114,7 @@ def chunk_states(states: LayerStates) -> KernelStates | None:
         for x in ([states.num_tokens], states.padding, packed.tolist())
     )
     return KernelStates(
-        groups=store_groups(states.key, states.value),
+        groups=store_groups(states.key.stores, states.value.stores),
         sinks=(states.key.sinks, states.value.sinks),
         tails=(states.key.tail.contiguous(), states.value.tail.contiguous()),
         is_ring=False,
@@ -125,15 +125,6 @@ def chunk_states(states: LayerStates) -> KernelStates | None:
         residual_length=0,
         quantum=1,
         packed=packed.tolist(),
-        most_packed=int(packed.max(initial=0)),
-    )
-
-
-def store_groups(key: SideStates, value: SideStates) -> tuple[StoreGroup, ...]:
-    """The stores of both sides by head group."""
-    return tuple(
-        StoreGroup(ours, theirs, heads)
-        for (ours, heads), (theirs, _) in zip(key.stores, value.stores, strict=True)
     )
 
 
@@ -158,22 +149,18 @@ def resolve_impl(
         return impl
     if impl == "compiled":
         reason = compiled.unavailable(plan, device)
-        if reason is None:
-            return impl
-        raise KernelUnavailableError(
-            f"impl='compiled' cannot run this layer: {reason}; pass impl='auto' or 'reference'"
-        )
-    reason = unavailable(device, interpreted=impl == "triton")
-    if reason is None and dtype not in KERNEL_DTYPES:
-        reason = f"states must be bfloat16 or float16, got {dtype}"
-    reason = reason or schedule.unsupported(plan, key_head_dim, value_head_dim)
+    else:
+        reason = unavailable(device, interpreted=impl == "triton")
+        if reason is None and dtype not in KERNEL_DTYPES:
+            reason = f"states must be bfloat16 or float16, got {dtype}"
+        reason = reason or schedule.unsupported(plan, key_head_dim, value_head_dim)
     if reason is None:
         return impl
-    if impl == "triton":
-        raise KernelUnavailableError(
-            f"impl='triton' cannot run this layer: {reason}; pass impl='auto' or 'reference'"
-        )
-    return "reference"
+    if impl == "auto":
+        return "reference"
+    raise KernelUnavailableError(
+        f"impl={impl!r} cannot run this layer: {reason}; pass impl='auto' or 'reference'"
+    )
 
 
 def unavailable(device: torch.device, *, interpreted: bool = False) -> str | None:

@@ -155,6 +155,17 @@ class StoreGroup(NamedTuple):
     heads: Tensor | None
 
 
+Stores = Sequence[tuple[PageStore, Tensor | None]]
+
+
+def store_groups(keys: Stores, values: Stores) -> tuple[StoreGroup, ...]:
+    """The stores of both sides by head group."""
+    return tuple(
+        StoreGroup(key, value, heads)
+        for (key, heads), (value, _) in zip(keys, values, strict=True)
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelStates:
     """All states of one layer as kernels take them: lengths on the device, nothing to compute.
@@ -165,7 +176,7 @@ class KernelStates:
     Attributes:
         groups: Page stores by head group.
         sinks: Exact first tokens of keys and of values, ``[B, H_kv, S, D]``, by row position.
-        tails: Exact newest tokens of keys and of values, ``[B, H_kv, W, D]``.
+        tails: Exact newest tokens of keys and of values, ``[B, H_kv, W, D]``, contiguous.
         is_ring: Whether the tails hold row position p in slot ``p % W``; else their last column is
             the newest token.
         clock: int32 ``[1]``, tokens of a row, padding included.
@@ -174,8 +185,8 @@ class KernelStates:
         is_held: Whether exactly ``floor`` tokens are packed.
         residual_length: R of the plan.
         quantum: Tokens that are packed together.
-        packed: Packed tokens of every row as far as the host knows, for choosing a schedule.
-        most_packed: Packed tokens of the longest row that a captured call has to serve.
+        packed: Packed tokens of every row that a call, captured ones too, has to serve: what a
+            schedule is chosen for.
     """
 
     groups: tuple[StoreGroup, ...]
@@ -189,12 +200,31 @@ class KernelStates:
     residual_length: int
     quantum: int
     packed: Sequence[int]
-    most_packed: int
 
     @property
     def num_heads(self) -> int:
         """Key/value heads of the layer."""
         return int(self.tails[0].shape[1])
+
+    @property
+    def most_packed(self) -> int:
+        """Packed tokens of the longest row."""
+        return max(self.packed, default=0)
+
+    def arguments(self, group: StoreGroup) -> tuple[Tensor, ...]:
+        """What kernels over one head group read and write, in the order of their arguments."""
+        return (
+            group.key.pool.view(torch.int8),
+            group.value.pool.view(torch.int8),
+            group.key.table,
+            group.value.table,
+            *self.sinks,
+            *self.tails,
+            self.clock if group.heads is None else group.heads,
+            self.clock,
+            self.padding,
+            self.floor,
+        )
 
     @property
     def most_exact(self) -> int:

@@ -133,7 +133,6 @@ def random_states(cell: Cell, *, device: str = "cuda", seed: int = 0) -> KernelS
         residual_length=plan.residual_length,
         quantum=plan.quantum,
         packed=packed,
-        most_packed=max(packed),
     )
 
 

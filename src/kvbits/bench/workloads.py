@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from kvbits.attention.api import Impl
+from kvbits.cache.hf import layer_nbytes
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.plan.modes import Mode
@@ -80,9 +81,7 @@ def _mode(suffix: str, text: str) -> tuple[Mode, dict[str, Any]]:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of cached states, of a packed or a stock cache."""
-    if hasattr(cache, "nbytes"):
-        return int(cache.nbytes)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(map(layer_nbytes, cache.layers))
 
 
 class Workload(NamedTuple):

@@ -183,7 +183,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes allocated for cached states: packed layers, stock layers and page tables."""
-        return sum(map(_layer_nbytes, self.layers))
+        return sum(map(layer_nbytes, self.layers))
 
     @property
     def peak_nbytes(self) -> int:
@@ -250,7 +250,8 @@ def _check_layer(index: int, layer: Any, plan: LayerPlan) -> None:
         )
 
 
-def _layer_nbytes(layer: Any) -> int:
+def layer_nbytes(layer: Any) -> int:
+    """Bytes of a layer's cached states, packed or of transformers' own."""
     if isinstance(layer, PackedCacheLayer):
         return layer.packed.nbytes
     tensors = (getattr(layer, name, None) for name in ("keys", "values"))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvbits.attention.api import KERNEL_IMPLS, Impl, resolve_impl
-from kvbits.attention.states import LayerStates, SideStates, StepStates, StoreGroup
+from kvbits.attention.states import LayerStates, SideStates, StepStates, store_groups
 from kvbits.cache.side import SideStorage, below
 from kvbits.cache.stepping import Clocks, Stepper
 from kvbits.codecs.pages import PageStore
@@ -261,15 +261,11 @@ class PackedLayer:
 
     def _new_stepper(self) -> Stepper:
         key, value = (self._sides[side] for side in SIDES)
-        groups = tuple(
-            StoreGroup(ours, theirs, heads)
-            for (ours, heads), (theirs, _) in zip(key.stores, value.stores, strict=True)
-        )
         clock = self.clocks.on(key.sinks.device)
         clock.set(self.num_tokens)
         return Stepper(
             self.plan,
-            groups,
+            store_groups(key.stores, value.stores),
             sinks=(key.sinks, value.sinks),
             rings=(key.ring.buffer, value.ring.buffer),
             padding=self._padding,

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvbits.cache.hf import PackedCacheLayer, QuantizedCache, watch_padding
+from kvbits.cache.side import below
 from kvbits.codecs.packing import LAYOUT_ID
 from kvbits.errors import RecordError, UnsupportedModelError
 from kvbits.layer_plan import LayerPlan
@@ -74,12 +75,8 @@ def load_cache(path: str | Path, model: Any) -> QuantizedCache:
         plans, model.config, quantize_prefill=quantize_prefill, max_tokens=max_tokens
     )
     for index, (layer, fact) in enumerate(zip(cache.layers, facts, strict=True)):
-        prefix = f"{index}."
-        own = {
-            name.removeprefix(prefix): tensor.to(model.device)
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
+        stored = below(tensors, str(index))
+        own = {name: tensor.to(model.device) for name, tensor in stored.items()}
         _restore(layer, own, fact)
     return cache
 

@@ -90,7 +90,6 @@ class Stepper:
             residual_length=plan.residual_length,
             quantum=plan.quantum,
             packed=self._floor.tolist(),
-            most_packed=int(self._floor.max(initial=0)),
         )
         self.flags = torch.zeros(2, dtype=torch.int32, device=device)
         self._limits = tuple(
@@ -124,10 +123,7 @@ class Stepper:
 
     def expect_tokens(self, num_tokens: int) -> None:
         """Launch the next steps so that they suit rows of up to ``num_tokens``."""
-        due = self.packed(num_tokens)
-        self._states = replace(
-            self._states, packed=due.tolist(), most_packed=int(due.max(initial=0))
-        )
+        self._states = replace(self._states, packed=self.packed(num_tokens).tolist())
 
     def _make_room(self, num_tokens: int) -> None:
         """Give every row as many pages as the longest needs by now, and find out when that ends.

@@ -239,14 +239,14 @@ def _load(model: str, device: str, dtype: Dtype, threads: int | None) -> Any:
     import torch
 
     from kvbits.bench.random_model import has_weights, random_model
-    from kvbits.cli.models import load_config, load_model
+    from kvbits.cli.models import load_config, load_model, resolve_device
 
     if threads is not None:
         torch.set_num_threads(threads)
     if has_weights(model):
         return load_model(model, device, dtype.value).model
     _say(f"{model} has no weights; taking random ones")
-    return random_model(load_config(model), _device(device), dtype.value)
+    return random_model(load_config(model), str(resolve_device(device)), dtype.value)
 
 
 def _variants(names: Iterable[str], model: Any) -> list[Variant]:
@@ -282,10 +282,6 @@ def _has_gpu(device: str) -> bool:
     import torch
 
     return torch.cuda.is_available() and device != "cpu"
-
-
-def _device(name: str) -> str:
-    return ("cuda" if _has_gpu(name) else "cpu") if name == "auto" else name
 
 
 def _threads() -> int:

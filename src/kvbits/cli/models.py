@@ -47,7 +47,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
 
     model_logging.set_verbosity_error()
     model_logging.disable_progress_bar()
-    place = _device(device)
+    place = resolve_device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -56,7 +56,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     return Loaded(model.to(place).eval(), tokenizer, name)
 
 
-def _device(name: str) -> Any:
+def resolve_device(name: str) -> Any:
+    """The device a name stands for, once torch has shown that it can use it."""
     import torch
 
     if name == "auto":

@@ -144,7 +144,7 @@ class PageStore:
                 (len(self.lengths), self.num_heads, stop - kept, self.head_dim), device=self.device
             )
             return zeros if kept == start else torch.cat((self.read(start, kept), zeros), -2)
-        first, last = start // self.page_tokens, -(-stop // self.page_tokens)
+        first, last = start // self.page_tokens, self._num_pages(stop)
         decoded = self.codec.decode(self._encoded(self._gather(first, last)))
         begin = first * self.page_tokens
         decoded = decoded[:, :, start - begin : stop - begin]
@@ -167,7 +167,7 @@ class PageStore:
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of ``row`` from ``length`` on (a multiple of the codec's block)."""
-        used = -(-length // self.page_tokens)
+        used = self._num_pages(length)
         for page in self._pages[row][used:]:
             self._release(page)
         del self._pages[row][used:]
@@ -178,7 +178,7 @@ class PageStore:
         """Make row i a copy of what row ``index[i]`` was; pages are shared, not copied."""
         former = self._pages
         self.lengths = [self.lengths[i] for i in index]
-        used = [-(-length // self.page_tokens) for length in self.lengths]
+        used = [self._num_pages(length) for length in self.lengths]
         self._pages = [former[i][:count] for i, count in zip(index, used, strict=True)]
         for page in (page for pages in self._pages for page in pages):
             self._references[page] += 1
@@ -200,7 +200,7 @@ class PageStore:
             num_tokens: Tokens of a row.
             order: Hands pages out in random order, as a pool that has been in use for long would.
         """
-        count = -(-num_tokens // self.page_tokens)
+        count = self._num_pages(num_tokens)
         self._reserved_pages = max(self._reserved_pages, count)
         self._reserve(count)
         if order is not None:
@@ -223,7 +223,7 @@ class PageStore:
     def make_room(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Give every row pages of its own for the tokens it is about to write."""
         needed = [
-            -(-(self.lengths[row] + count) // self.page_tokens)
+            self._num_pages(self.lengths[row] + count)
             for row, count in zip(rows, counts, strict=True)
         ]
         self._reserve(max(*needed, *map(len, self._pages)))
@@ -249,7 +249,7 @@ class PageStore:
 
     def export_pages(self) -> dict[str, Tensor]:
         """The pages of every row, each row padded to the longest: plane name to tensor."""
-        used = [-(-length // self.page_tokens) for length in self.lengths]
+        used = [self._num_pages(length) for length in self.lengths]
         return self._gather_pages(
             [
                 pages[i] if i < count else 0
@@ -260,7 +260,7 @@ class PageStore:
 
     def import_pages(self, planes: dict[str, Tensor], lengths: Sequence[int]) -> None:
         """Fill an empty store with what ``export_pages`` returned for rows of ``lengths``."""
-        needed = [-(-length // self.page_tokens) for length in lengths]
+        needed = [self._num_pages(length) for length in lengths]
         width = len(planes["codes"]) // max(1, len(lengths))  # pages of each row as exported
         self.make_room(list(range(len(lengths))), list(lengths))
         self.lengths = list(lengths)
@@ -287,6 +287,9 @@ class PageStore:
                 shape = (self.page_tokens // self.codec.block_tokens, spec.rows, spec.components)
             shapes[spec.name] = ((self.num_heads, *shape), spec.dtype)
         return shapes
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_tokens)
 
     def _release(self, page: int) -> None:
         self._references[page] -= 1

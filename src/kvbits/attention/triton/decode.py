@@ -64,8 +64,10 @@ def attend(
     if query.stride(-1) != 1:
         query = query.contiguous()
     shapes = [shape_of(group, states, group_queries, num_queries) for group in states.groups]
-    plans = [schedule] * len(shapes) if schedule else None
-    plans = plans or schedules.choose_together(shapes, _multiprocessors(query))
+    if schedule:
+        plans = [schedule] * len(shapes)
+    else:
+        plans = schedules.choose_together(shapes, _multiprocessors(query))
     num_splits = plans[0].splits + plans[0].exact_splits
     columns = num_queries * group_queries
     value_dim = states.tails[1].shape[-1]
@@ -93,14 +95,9 @@ def shape_of(
     group: StoreGroup, states: KernelStates, group_queries: int, num_queries: int
 ) -> Shape:
     """What a call is about, for ``schedule.choose``."""
-    sides = [
-        schedules.side_shape(store.codec, store.head_dim) for store in (group.key, group.value)
-    ]
-    assert sides[0] is not None
-    assert sides[1] is not None  # checked at the public door
     return Shape(
-        key=sides[0],
-        value=sides[1],
+        key=schedules.supported_shape(group.key.codec, group.key.head_dim),
+        value=schedules.supported_shape(group.value.codec, group.value.head_dim),
         group_queries=group_queries,
         num_queries=num_queries,
         rows=group.key.num_heads * states.tails[0].shape[0],
@@ -126,7 +123,7 @@ def _launch_int8(
         query,
         coefficients,
         constants,
-        *_tensors(states, group),
+        *states.arguments(group),
         *partials,
         options["scale"],
         options["cap"],
@@ -188,7 +185,7 @@ def _launch_fp16(
     rows = query.shape[0] * group.key.num_heads
     attend_fp16[(*_grid(plan, rows), column_tiles)](
         query,
-        *_tensors(states, group),
+        *states.arguments(group),
         *partials,
         options["scale"],
         options["cap"],
@@ -206,23 +203,6 @@ def _launch_fp16(
         HP=plan.columns,
         **_launch_options(),
         **_launch(plan),
-    )
-
-
-def _tensors(states: KernelStates, group: StoreGroup) -> tuple[Tensor, ...]:
-    """What both forms read, in the order of their arguments."""
-    tails = tuple(tail.contiguous() for tail in states.tails)
-    return (
-        group.key.pool.view(torch.int8),
-        group.value.pool.view(torch.int8),
-        group.key.table,
-        group.value.table,
-        *states.sinks,
-        *tails,
-        states.clock if group.heads is None else group.heads,
-        states.clock,
-        states.padding,
-        states.floor,
     )
 
 

@@ -40,8 +40,7 @@ def append_prompt(
         return
     rows = [row for row, count in enumerate(counts) if count]
     store.make_room(rows, [counts[row] for row in rows])
-    shape = schedules.side_shape(store.codec, store.head_dim)
-    assert shape is not None  # checked at the public door
+    shape = schedules.supported_shape(store.codec, store.head_dim)
     tile = shape.key_group or PROMPT_TILE
     tiles = max(
         -(-(start + count) // tile) - start // tile
@@ -110,12 +109,10 @@ def append_token(
         flags: int32 ``[2]``; set to 1 for a side that brings a state which is not finite.
         limits: Largest magnitude that keys and values may have.
     """
-    sides = [
-        schedules.side_shape(store.codec, store.head_dim) for store in (group.key, group.value)
-    ]
-    key, value = sides
-    assert key is not None
-    assert value is not None  # checked at the public door
+    key, value = (
+        schedules.supported_shape(store.codec, store.head_dim)
+        for store in (group.key, group.value)
+    )
     batch, num_heads = key_states.shape[:2]
     if key_states.stride(-1) != 1 or value_states.stride(-1) != 1:
         key_states, value_states = key_states.contiguous(), value_states.contiguous()
@@ -123,16 +120,7 @@ def append_token(
         append_step[(batch * group.key.num_heads, 2)](
             key_states,
             value_states,
-            group.key.pool.view(torch.int8),
-            group.value.pool.view(torch.int8),
-            group.key.table,
-            group.value.table,
-            *states.sinks,
-            *states.tails,
-            states.clock if group.heads is None else group.heads,
-            states.clock,
-            states.padding,
-            states.floor,
+            *states.arguments(group),
             flags,
             key_states.stride(0),
             key_states.stride(1),

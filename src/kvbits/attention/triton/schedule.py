@@ -2,8 +2,8 @@
 
 A choice is a pure function of the shape, so that nothing is tuned at a user's first call, and
 ``kvbits inspect`` can print it on a machine without a GPU. The constants come from trials on an
-H200: two tiles in flight for each of eight warps hide
-the latency of memory, four for large tiles; a few long splits beat many short ones.
+H200: two tiles in flight for each of eight warps hide the latency of memory, four for large tiles;
+a few long splits beat many short ones.
 """
 
 from __future__ import annotations
@@ -127,6 +127,13 @@ def side_shape(codec: Codec, head_dim: int) -> SideShape | None:
     return SideShape(codec.bits, 0, groups, head_dim)
 
 
+def supported_shape(codec: Codec, head_dim: int) -> SideShape:
+    """The shape of a storage that ``unsupported`` has nothing against."""
+    shape = side_shape(codec, head_dim)
+    assert shape is not None
+    return shape
+
+
 def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
     """Why no kernel reads or writes this side, or None if one does."""
     shape = side_shape(codec, head_dim)
@@ -220,15 +227,11 @@ def decode_shapes(
     """The shapes of a decode step, by head group, once every row holds ``tokens``."""
     shapes = []
     for group in plan.groups:
-        key = side_shape(group.key, layer.key_head_dim)
-        value = side_shape(group.value, layer.value_head_dim)
-        assert key is not None
-        assert value is not None
         heads = layer.num_key_value_heads if group.heads is None else len(group.heads)
         shapes.append(
             Shape(
-                key=key,
-                value=value,
+                key=supported_shape(group.key, layer.key_head_dim),
+                value=supported_shape(group.value, layer.value_head_dim),
                 group_queries=num_query_heads // layer.num_key_value_heads,
                 num_queries=1,
                 rows=batch * heads,
