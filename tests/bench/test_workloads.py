@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoConfig
 
 from kvbits import CachePlan
@@ -25,6 +27,20 @@ def config():
 
 def test_transformers_own_cache_needs_no_plan(config):
     assert parse_variant("dynamic", config) == Variant("dynamic", None)
+
+
+def test_the_stock_quantized_cache_is_named_by_its_backend_and_width(config):
+    assert parse_variant("quanto2", config) == Variant("quanto2", None, quanto_bits=2)
+
+
+def test_bytes_of_the_stock_quantized_cache_are_those_of_its_backends_tensors():
+    class Layer:
+        keys = torch.zeros(1, 2, 3, 4)
+        values = torch.zeros(1, 2, 3, 4)
+        _quantized_keys = TwoTensor(torch.zeros(5), torch.zeros(5))
+        _quantized_values = torch.zeros(11, dtype=torch.uint8)
+
+    assert cache_bytes(SimpleNamespace(layers=[Layer()])) == 2 * 24 * 4 + (5 + 5) * 4 + 11
 
 
 def test_a_pair_is_a_uniform_plan(config):

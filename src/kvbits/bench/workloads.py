@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import QuantizedCache as StockQuantizedCache
 
 from kvbits.attention.api import Impl
 from kvbits.cache.hf import layer_nbytes
@@ -17,6 +19,7 @@ from kvbits.plan.modes import Mode
 
 _UNIFORM = re.compile(r"K(\d+)V(\d+)")
 _KIVI = re.compile(r"kivi(\d*)")
+_QUANTO = re.compile(r"quanto([24])")
 FILL_VALUES = 1 << 27  # states drawn at once, over the batch: 256 MiB in 16 bits
 
 
@@ -25,22 +28,27 @@ class Variant(NamedTuple):
 
     Attributes:
         name: As the user wrote it.
-        plan: None for transformers' own ``DynamicCache``.
+        plan: None for a cache of transformers' own.
+        quanto_bits: Width of its ``QuantizedCache`` on optimum-quanto; None: its ``DynamicCache``.
     """
 
     name: str
     plan: CachePlan | None
+    quanto_bits: int | None = None
 
     def new_cache(self, model: Any, max_tokens: int | None = None, impl: Impl = "auto") -> Any:
         """An empty cache of this kind."""
+        if self.quanto_bits is not None:
+            return StockQuantizedCache("quanto", model.config, nbits=self.quanto_bits)
         if self.plan is None:
             return DynamicCache(config=model.config)
         return self.plan.new_cache(model, max_tokens=max_tokens, impl=impl)
 
 
 def parse_variant(text: str, config: Any) -> Variant:
-    """Read ``dynamic``, ``K4V2``, ``K4V2@kivi``, ``K4V2@kivi128``, a plan file or a KVTuner file.
+    """Read ``dynamic``, ``quanto4``, ``K4V2``, ``K4V2@kivi128``, a plan file or a KVTuner file.
 
+    ``quanto4`` and ``quanto2`` are transformers' ``QuantizedCache``, which needs optimum-quanto.
     ``@kivi`` shares key scales per channel, over 32 tokens or as many as it says. A KVTuner file
     (``.yaml``) takes the same suffix.
 
@@ -49,6 +57,8 @@ def parse_variant(text: str, config: Any) -> Variant:
     """
     if text == "dynamic":
         return Variant(text, None)
+    if quanto := _QUANTO.fullmatch(text):
+        return Variant(text, None, int(quanto[1]))
     name, _, suffix = text.partition("@")
     mode, settings = _mode(suffix, text)
     path = Path(name)
@@ -60,8 +70,8 @@ def parse_variant(text: str, config: Any) -> Variant:
     pair = _UNIFORM.fullmatch(name)
     if pair is None:
         raise ValueError(
-            "plan must be 'dynamic', a pair such as K4V2 or K4V2@kivi128, or a .json or .yaml "
-            f"file, got {text!r}"
+            "plan must be 'dynamic', 'quanto4', 'quanto2', a pair such as K4V2 or K4V2@kivi128, "
+            f"or a .json or .yaml file, got {text!r}"
         )
     plan = CachePlan.uniform(config, int(pair[1]), int(pair[2]), mode=mode, **settings)
     return Variant(text, plan)
@@ -81,7 +91,21 @@ def _mode(suffix: str, text: str) -> tuple[Mode, dict[str, Any]]:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of cached states, of a packed or a stock cache."""
-    return sum(map(layer_nbytes, cache.layers))
+    return sum(map(layer_nbytes, cache.layers)) + sum(map(_quanto_nbytes, cache.layers))
+
+
+def _quanto_nbytes(layer: Any) -> int:
+    """Bytes of what a layer of transformers' ``QuantizedCache`` has quantized."""
+    tensors = (getattr(layer, f"_quantized_{name}", None) for name in ("keys", "values"))
+    return sum(_inner_nbytes(tensor) for tensor in tensors if tensor is not None)
+
+
+def _inner_nbytes(tensor: Tensor) -> int:
+    """Bytes of the tensors inside a tensor subclass; of a plain tensor, its own."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_inner_nbytes(getattr(tensor, name)) for name in names)
 
 
 class Workload(NamedTuple):

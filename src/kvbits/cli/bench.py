@@ -30,7 +30,8 @@ Plans = Annotated[
     list[str] | None,
     typer.Option(
         "--plan",
-        help="dynamic, a pair such as K4V2 or K4V2@kivi128, a plan or a KVTuner file; repeatable.",
+        help="dynamic, quanto4 (stock quantized cache), a pair such as K4V2 or K4V2@kivi128, a "
+        "plan or a KVTuner file; repeatable.",
     ),
 ]
 CELL_COLUMNS = ("name", "batch", "context", "time_us", "speedup", "roofline_share", "schedule")
