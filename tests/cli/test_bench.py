@@ -91,6 +91,12 @@ def test_kernels_need_a_gpu():
     assert "must run on a CUDA device, got none; kvbits bench decode" in result.output
 
 
+def test_a_profile_needs_a_gpu(tiny_model_dir, tmp_path):
+    result = decode(tiny_model_dir, tmp_path, "--profile")
+    assert result.exit_code == 1
+    assert "--profile must be left out where there is no CUDA device" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,18 +5,33 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from kvbits.attention.api import attend as attend_states
-from kvbits.bench.kernels import Cell, random_query, random_states
+from kvbits.bench.kernels import (
+    Cell,
+    program_variants,
+    random_query,
+    random_states,
+    schedule_of,
+)
 from kvbits.cache.layer import PackedLayer
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan
 from kvbits.plan import CachePlan
 
 TOKENS = 700  # enough for a packed page under the plans of benchmarks
+
+
+class CellJob(NamedTuple):
+    """A cell of a kernel benchmark; with the programs that a search tries, if it is searched."""
+
+    cell: Cell
+    is_searched: bool = False
 
 
 class LayerJob(NamedTuple):
@@ -27,7 +42,7 @@ class LayerJob(NamedTuple):
     num_query_heads: int
 
 
-def compile_ahead(jobs: Iterable[Cell | LayerJob]) -> list[str]:
+def compile_ahead(jobs: Iterable[CellJob | LayerJob]) -> list[str]:
     """Run every job once on a small batch, so that Triton's cache on disk holds its kernels.
 
     Args:
@@ -55,16 +70,17 @@ def layer_jobs(plans: Sequence[CachePlan]) -> list[LayerJob]:
     ]
 
 
-def _small(job: Cell | LayerJob) -> Cell | LayerJob:
+def _small(job: CellJob | LayerJob) -> CellJob | LayerJob:
     if isinstance(job, LayerJob):
         return job
-    return job._replace(batch=1, context=max(TOKENS, 4 * job.num_queries), shortest=1.0)
+    context = max(TOKENS, 4 * job.cell.num_queries)
+    return job._replace(cell=job.cell._replace(batch=1, context=context, shortest=1.0))
 
 
-def _compile(jobs: Sequence[Cell | LayerJob]) -> list[str]:
+def _compile(jobs: Sequence[CellJob | LayerJob]) -> list[str]:
     failures = []
     for job in jobs:
-        work: Callable[[Any], None] = _run_cell if isinstance(job, Cell) else _run_layer
+        work: Callable[[Any], None] = _run_cell if isinstance(job, CellJob) else _run_layer
         try:
             work(job)
             torch.cuda.synchronize()
@@ -74,10 +90,20 @@ def _compile(jobs: Sequence[Cell | LayerJob]) -> list[str]:
     return failures
 
 
-def _run_cell(cell: Cell) -> None:
+def _run_cell(job: CellJob) -> None:
     from kvbits.attention.triton.decode import attend
 
-    attend(random_query(cell), random_states(cell), 1.0, window=cell.window or None)
+    cell, is_searched = job
+    states = random_states(cell)
+    shipped = schedule_of(cell, states)
+    schedules = [
+        variant
+        for is_rows_first in (False, True)
+        for variant in program_variants(shipped._replace(is_rows_first=is_rows_first))
+    ]
+    for schedule in schedules if is_searched else [shipped]:
+        with suppress(OutOfResources):
+            attend(random_query(cell), states, 1.0, window=cell.window or None, schedule=schedule)
 
 
 def _run_layer(job: LayerJob) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from kvbits.attention.api import Impl
+from kvbits.bench import step_profile
 from kvbits.bench.workloads import Variant, Workload, cache_bytes, fill
 from kvbits.generation import Generation, generate
 
@@ -21,6 +23,7 @@ def measure(
     is_prompted: bool = False,
     repeats: int = 1,
     impl: Impl = "auto",
+    is_profiled: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One record per workload and variant; ``speedup`` is over the first variant.
 
@@ -33,16 +36,17 @@ def measure(
         repeats: Interleaved runs of which the median counts; more than one on machines where
             other programs run.
         impl: See ``CachePlan.new_cache``.
+        is_profiled: Whether to add what a step's time is made of; on a CUDA device only.
     """
+    run = partial(_run, model, is_prompted=is_prompted, impl=impl, is_profiled=is_profiled)
     for workload in workloads:
         runs: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
         if impl == "compiled":  # before the clock runs
             for variant in variants:
-                _run(model, variant, workload._replace(new_tokens=2), is_prompted, impl)
+                run(variant, workload._replace(new_tokens=2))
         for _ in range(repeats):
             for variant in variants:
-                record = _run(model, variant, workload, is_prompted, impl)
-                runs[variant.name].append(record)
+                runs[variant.name].append(run(variant, workload))
         medians = [_median(runs[variant.name]) for variant in variants]
         for record in medians:
             if "step_ms" in record and "step_ms" in medians[0]:
@@ -64,8 +68,10 @@ def _run(
     model: Any,
     variant: Variant,
     workload: Workload,
+    *,
     is_prompted: bool,
     impl: Impl,
+    is_profiled: bool,
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
         "variant": variant.name,
@@ -78,7 +84,8 @@ def _run(
     if variant.plan is not None:
         record["effective_bits"] = round(variant.plan.effective_bits, 4)
     try:
-        cache, made, seconds = _decode(model, variant, workload, is_prompted, impl)
+        spare = step_profile.STEPS if is_profiled else 0
+        cache, made, seconds = _decode(model, variant, workload, is_prompted, impl, spare)
     except torch.cuda.OutOfMemoryError:
         _release(model)
         return record | {"error": "out of memory"}
@@ -96,6 +103,8 @@ def _run(
         record["generated_per_second"] = round(workload.batch * workload.new_tokens / whole, 1)
     if model.device.type == "cuda":
         record["peak_bytes"] = torch.cuda.max_memory_allocated(model.device)
+    if is_profiled:
+        record["kernel_ms"] = step_profile.kernel_ms(model, cache, workload.batch)
     record["wall_seconds"] = round(seconds, 2)
     del cache
     _release(model)
@@ -108,12 +117,13 @@ def _decode(
     workload: Workload,
     is_prompted: bool,
     impl: Impl,
+    spare: int,
 ) -> tuple[Any, Generation, float]:
     started = time.perf_counter()
     batch, context, new_tokens = workload
     is_cuda = model.device.type == "cuda"
     # On a CPU there is nothing to capture, and exact layers are the stock layers.
-    room = context + new_tokens if is_cuda else None
+    room = context + new_tokens + spare if is_cuda else None
     cache = variant.new_cache(model, room, impl)
     width = context
     if not is_prompted:

@@ -92,7 +92,7 @@ def measure(
         }
         if is_searched:
             best_us, best = bench.best()
-            record |= {"best_us": round(best_us, 2), "best_schedule": str(best)}
+            record |= {"best_us": round(best_us, 2), "best_schedule": best._asdict()}
         yield record
         del bench
         torch.cuda.empty_cache()

@@ -6,12 +6,13 @@ residual and the schedule a user gets. Layers are rotated so that each finds its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
@@ -22,7 +23,6 @@ from kvbits.codecs import Affine, AnyCodec, Identity, packing
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import SIDES, LayerPlan, Side
 
-DEPTHS = (2, 3)
 SPLIT_FACTORS = (0.5, 0.75, 1, 1.25, 1.5, 2)
 
 
@@ -218,15 +218,38 @@ class CellBench:
         return graph_time_us([call(states) for states in self.layers])
 
     def best(self) -> tuple[float, Schedule]:
-        """Least time of schedules around the shipped one: what the heuristic leaves."""
+        """Least time of schedules around the shipped one: what the heuristic leaves.
+
+        Splits and order of programs first, then what one program does.
+        """
         shipped = self.shipped
         tiles = -(-max(self.layers[0].packed) // shipped.tile)
         wanted = {round(shipped.splits * factor) for factor in SPLIT_FACTORS}
         splits = sorted({max(1, min(tiles, number)) for number in wanted})
-        tried = [
-            shipped._replace(depth=depth, splits=number) for depth in DEPTHS for number in splits
-        ]
-        return min((self.time_us(schedule), schedule) for schedule in tried)
+        _, found = self._fastest(
+            shipped._replace(splits=number, is_rows_first=is_rows_first)
+            for number in splits
+            for is_rows_first in (False, True)
+        )
+        return self._fastest(program_variants(found))
+
+    def _fastest(self, schedules: Iterable[Schedule]) -> tuple[float, Schedule]:
+        return min((self._time_us_if_it_fits(schedule), schedule) for schedule in schedules)
+
+    def _time_us_if_it_fits(self, schedule: Schedule) -> float:
+        try:
+            return self.time_us(schedule)
+        except OutOfResources:
+            return float("inf")
+
+
+def program_variants(schedule: Schedule) -> list[Schedule]:
+    """The schedule itself, with one more tile ahead, and with twice the warps."""
+    return [
+        schedule,
+        schedule._replace(depth=schedule.depth + 1),
+        schedule._replace(num_warps=2 * schedule.num_warps),
+    ]
 
 
 def dense_times_us(batch: int, context: int, cell: Cell) -> dict[str, float]:

@@ -59,7 +59,7 @@ def kernels(
     """Time attention and encoding kernels against 16-bit attention. Needs a CUDA device."""
     _need_gpu()
     from kvbits.bench import encoding, kernel_suite
-    from kvbits.bench.compiling import compile_ahead
+    from kvbits.bench.compiling import CellJob, compile_ahead
 
     suites = kernel_suite.suites()
     known = [*suites, "encoding"]
@@ -67,9 +67,9 @@ def kernels(
     for name in wanted:
         if name not in known:
             raise ValueError(f"--suite must be one of {', '.join(known)}, got {name!r}")
-    cells = [cell for name in wanted for cell in suites.get(name, [])]
+    jobs = [CellJob(cell, search) for name in wanted for cell in suites.get(name, [])]
     _say("compiling kernels")
-    _report_failures(compile_ahead(cells))
+    _report_failures(compile_ahead(jobs))
     path = output / "kernels.jsonl"
     for name in wanted:
         if name == "encoding":
@@ -94,6 +94,9 @@ def decode(
         typer.Option(help="Run the context through the model instead of storing random states."),
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved runs; the median counts.")] = 1,
+    profile: Annotated[
+        bool, typer.Option(help="Also record what a step is made of, by kind of kernel; on a GPU.")
+    ] = False,
     impl: ImplName = Impl.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU.")] = None,
     output: OutputDir = DEFAULT_OUTPUT,
@@ -109,6 +112,8 @@ def decode(
     from kvbits.bench import decode as benchmark
     from kvbits.bench.workloads import Workload, parse_shape
 
+    if profile and not _has_gpu(device):
+        raise ValueError("--profile must be left out where there is no CUDA device, got --profile")
     loaded = _load(model, device, dtype, threads)
     variants = _variants(plan or DEFAULT_PLANS, loaded)
     shapes = [parse_shape(text) for text in shape or ["1x1024", "1x4096"]]
@@ -120,6 +125,7 @@ def decode(
         is_prompted=prompt,
         repeats=repeats,
         impl=impl.value,
+        is_profiled=profile,
     )
     columns = DECODE_COLUMNS + (("generated_per_second",) if prompt else ()) + BYTES_COLUMNS
     path = output / "decode.jsonl"
