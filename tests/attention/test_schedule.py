@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbits.attention.triton import schedule as schedules
-from kvbits.attention.triton.schedule import Shape, SideShape, choose
+from kvbits.attention.triton.schedule import Device, Shape, SideShape, choose
 from kvbits.codecs import Affine, Identity
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan
@@ -33,10 +33,11 @@ def shapes(draw):
     )
 
 
-@given(shapes(), st.sampled_from((48, 108, 132, 160)))
-def test_every_choice_can_be_launched(shape, multiprocessors):
-    plan = choose(shape, multiprocessors)
-    assert plan == choose(shape, multiprocessors)
+@given(shapes(), st.sampled_from((48, 108, 132, 160)), st.sampled_from((65_536, 233_472)))
+def test_every_choice_can_be_launched(shape, multiprocessors, shared_bytes):
+    device = Device(multiprocessors, shared_bytes)
+    plan = choose(shape, device)
+    assert plan == choose(shape, device)
     tiles = max(1, -(-shape.num_tokens // plan.tile))
     assert 1 <= plan.splits <= min(tiles, schedules.MAX_SPLITS)
     assert 1 <= plan.exact_splits <= 5
@@ -91,7 +92,23 @@ def test_small_batches_are_split_and_large_ones_are_not():
     splits = [choose(serving_shape(rows, 32768, 4, 4)).splits for rows in (1, 8, 64, 256)]
     assert splits == sorted(splits, reverse=True)
     assert splits[0] > 64
-    assert splits[-1] == 1
+    assert splits[-1] <= 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "key_bits", "value_bits", "programs"),
+    [
+        (16, 2, 2, 8),  # two for every scheduler
+        (32, 2, 2, 12),  # those over exact tokens are too many to come on top: fill up
+        (32, 8, 8, 6),  # tiles of 8 bits leave room for no more
+        (64, 4, 4, 33),  # three times 11, which twice or once do not fill
+    ],
+)
+def test_programs_of_large_batches_come_out_even(rows, key_bits, value_bits, programs):
+    plan = choose(serving_shape(rows, 32768, key_bits, value_bits))
+    room = programs * schedules.DEFAULT_DEVICE.multiprocessors
+    assert 0.9 * room <= plan.splits * 8 * rows <= room
+    assert plan.is_rows_first
 
 
 def test_a_schedule_says_what_it_is():
@@ -144,7 +161,7 @@ def test_a_layer_is_described_by_its_choice_or_by_what_is_in_the_way():
 def test_head_groups_share_their_splits():
     shapes = [serving_shape(8, 32768, 4, 4), serving_shape(2, 32768, 2, 2)]
     alone = [choose(shape) for shape in shapes]
-    together = schedules.choose_together(shapes, schedules.DEFAULT_MULTIPROCESSORS)
+    together = schedules.choose_together(shapes)
     assert alone[0].splits != alone[1].splits
     assert {plan.splits for plan in together} == {max(plan.splits for plan in alone)}
 

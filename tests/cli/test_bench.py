@@ -62,7 +62,7 @@ def test_memory_of_a_bad_plan_starts_no_process(tiny_model_dir, tmp_path, monkey
     monkeypatch.setattr(process_memory, "measure", None)
     result = run("memory", tiny_model_dir, "--plan", "K5", *SMALL, "-o", tmp_path)
     assert result.exit_code == 1
-    assert "plan must be 'dynamic', a pair such as K4V2" in result.output
+    assert "plan must be 'dynamic', 'quanto4'" in result.output
 
 
 def test_memory_stands_beside_the_formula(tiny_model_dir, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_profile_needs_a_gpu(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--plan", "K5"), "plan must be 'dynamic', a pair such as K4V2"),
+        (("--plan", "K5"), "plan must be 'dynamic', 'quanto4'"),
         (("--shape", "8"), "shape must be BATCHxCONTEXT such as 8x32768, got '8'"),
         (("--plan", "K4V4", "--impl", "triton", "--shape", "1x20"), "impl='triton' cannot run"),
     ],

@@ -17,6 +17,7 @@ from triton.runtime.errors import OutOfResources
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.decode import attend, shape_of
+from kvbits.attention.triton.launch import device_of
 from kvbits.attention.triton.schedule import Schedule
 from kvbits.bench.timing import graph_time_us, num_copies
 from kvbits.codecs import Affine, AnyCodec, Identity, packing
@@ -191,7 +192,7 @@ def states_bytes(states: KernelStates, window: int = 0) -> int:
 def schedule_of(cell: Cell, states: KernelStates) -> Schedule:
     """What the shipped heuristic chooses."""
     shape = shape_of(states.groups[0], states, cell.group_queries, cell.num_queries)
-    return schedules.choose(shape, torch.cuda.get_device_properties(0).multi_processor_count)
+    return schedules.choose(shape, device_of(states.clock))
 
 
 class CellBench:

@@ -22,6 +22,7 @@ from kvbits.attention.triton.kernels.fp16_form import attend_fp16
 from kvbits.attention.triton.kernels.int8_form import attend_int8, key_width, prepare_queries
 from kvbits.attention.triton.kernels.layout import num_segments
 from kvbits.attention.triton.kernels.merge import merge_splits
+from kvbits.attention.triton.launch import device_of, is_interpreted, launch_options
 from kvbits.attention.triton.schedule import Schedule, Shape
 
 _LOG2E = float(LOG2E.value)
@@ -67,7 +68,7 @@ def attend(
     if schedule:
         plans = [schedule] * len(shapes)
     else:
-        plans = schedules.choose_together(shapes, _multiprocessors(query))
+        plans = schedules.choose_together(shapes, device_of(query))
     num_splits = plans[0].splits + plans[0].exact_splits
     columns = num_queries * group_queries
     value_dim = states.tails[1].shape[-1]
@@ -82,7 +83,7 @@ def attend(
         "cap": 0.0 if softcap is None else softcap * _LOG2E,
         "WINDOW": window or 0,
         "SOFTCAP": softcap is not None,
-        "COMPILED": not _is_interpreted(),
+        "COMPILED": not is_interpreted(),
     }
     with torch.cuda.device_of(query):
         for group, shape, plan in zip(states.groups, shapes, plans, strict=True):
@@ -136,7 +137,7 @@ def _launch_int8(
         query.stride(1),
         **_constants(states, group, shape, plan, options),
         GP=plan.columns,
-        **_launch_options(),
+        **launch_options(),
         **_launch(plan),
     )
 
@@ -167,7 +168,7 @@ def _prepare(
         GQ=shape.group_queries,
         GP=columns,
         num_warps=1,
-        **_launch_options(),
+        **launch_options(),
     )
     return coefficients, constants
 
@@ -201,7 +202,7 @@ def _launch_fp16(
         **_constants(states, group, shape, plan, options),
         NQ=shape.num_queries,
         HP=plan.columns,
-        **_launch_options(),
+        **launch_options(),
         **_launch(plan),
     )
 
@@ -276,30 +277,13 @@ def _merge(
         NSP=padded_splits,
         HAS_SINK=sink_logits is not None,
         num_warps=4 if padded_splits * channels >= 2048 else 2,
-        **_launch_options(),
+        **launch_options(),
     )
     return output
 
 
 def _launch(plan: Schedule) -> dict[str, int]:
     return {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-
-
-def _launch_options() -> dict[str, object]:
-    """Let a kernel start while the one before it ends, where the hardware can (sm_90 on)."""
-    if _is_interpreted() or torch.cuda.get_device_capability() < (9, 0):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
-
-
-def _multiprocessors(query: Tensor) -> int:
-    if query.device.type != "cuda":
-        return schedules.DEFAULT_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(query.device).multi_processor_count
-
-
-def _is_interpreted() -> bool:
-    return bool(triton.knobs.runtime.interpret)
 
 
 def scratch_bytes(batch: int, num_heads: int, num_queries: int, plan: Schedule, dim: int) -> int:

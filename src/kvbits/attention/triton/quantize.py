@@ -10,6 +10,7 @@ from torch import Tensor
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.kernels.encode import append_step, encode_prompt
+from kvbits.attention.triton.launch import launch_options
 from kvbits.attention.triton.schedule import SideShape
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import Side
@@ -48,10 +49,8 @@ def append_prompt(
     )
     if states.stride(-1) != 1:
         states = states.contiguous()
-    column, start, count = (
-        torch.tensor(list(x), dtype=torch.int32).to(states.device, non_blocking=True)
-        for x in (columns, store.lengths, counts)
-    )
+    numbers = torch.tensor([list(columns), store.lengths, list(counts)], dtype=torch.int32)
+    column, start, count = numbers.to(states.device, non_blocking=True)
     with torch.cuda.device_of(states):
         encode_prompt[(tiles, len(counts) * store.num_heads)](
             states,
@@ -85,7 +84,8 @@ def _prompt_warps(shape: SideShape, tile: int) -> int:
     within few warps as long as it fits in their registers."""
     if not shape.key_group:
         return 4
-    return max(1, tile * shape.head_dim // 4096)
+    values = tile * shape.head_dim
+    return max(1, min(2, values // 4096), values // 8192)
 
 
 def append_token(
@@ -145,6 +145,7 @@ def append_token(
             CAP=states.tails[0].shape[2],
             K_LIMIT=limits[0],
             V_LIMIT=limits[1],
-            num_warps=4 if states.quantum > 1 else 1,
+            num_warps=1 if states.quantum <= 64 else 2,  # most steps pack nothing
             enable_fp_fusion=False,
+            **launch_options(),
         )

@@ -2,8 +2,8 @@
 
 A choice is a pure function of the shape, so that nothing is tuned at a user's first call, and
 ``kvbits inspect`` can print it on a machine without a GPU. The constants come from trials on an
-H200: two tiles in flight for each of eight warps hide the latency of memory, four for large tiles;
-a few long splits beat many short ones.
+H200. What decides is that every one of a multiprocessor's four schedulers gets as many programs as
+the others: arithmetic, not memory, is the limit of narrow codes, and the last to finish counts.
 """
 
 from __future__ import annotations
@@ -26,13 +26,31 @@ INT8_QUERIES = 4  # up to these, the int8 form's two columns per head are free
 TILE_TOKENS = 64
 EXACT_TILE_TOKENS = 16
 MAX_SPLITS = 256
-LARGE_TILE_BYTES = 14_000  # 8-bit keys and values
-SMALL_TILE_BYTES = 5_000  # 2-bit keys and values
-MOST_PROGRAMS = 8  # of one warp that fit a multiprocessor's registers
+SCHEDULERS = 4  # of a multiprocessor
 SHORT_SPLIT_TILES = 8  # a split of fewer tiles is mostly start and end
-DEFAULT_MULTIPROCESSORS = 132
+SMALL_TILE_BYTES = 5_000  # 2-bit keys and values
+REGISTER_PROGRAMS = 12  # of one warp that fit a multiprocessor's registers
+WIDE_REGISTER_PROGRAMS = 8  # where a program's tile is of 128 tokens
+PROGRAM_BYTES = 3_500  # of shared memory, beside the tiles it loads ahead
+WELL_FILLED = 0.9
+MOST_WAVES = 3
 
 Form = Literal["int8", "fp16"]
+
+
+class Device(NamedTuple):
+    """What a choice depends on; by default an H200.
+
+    Attributes:
+        multiprocessors: Of the device.
+        shared_bytes: Shared memory of each.
+    """
+
+    multiprocessors: int = 132
+    shared_bytes: int = 233_472
+
+
+DEFAULT_DEVICE = Device()
 
 
 class SideShape(NamedTuple):
@@ -181,7 +199,7 @@ def unsupported_heads(group_queries: int) -> str | None:
     )
 
 
-def choose(shape: Shape, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> Schedule:
+def choose(shape: Shape, device: Device = DEFAULT_DEVICE) -> Schedule:
     """Choose how a shape runs."""
     form, tile = _form(shape), _tile(shape)
     tiles = max(1, -(-shape.num_tokens // tile))
@@ -191,20 +209,20 @@ def choose(shape: Shape, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> Sche
     exact = -(-shape.exact_tokens // EXACT_TILE_TOKENS)
     is_rows_first = False
     if shape.num_queries > 1:
-        warps, depth, splits = 4, 1, int(4 * multiprocessors / rows)
+        warps, depth, splits = 4, 1, 4 * device.multiprocessors // rows
     elif min(shape.key.bits, shape.value.bits) == 16:
-        warps, depth, splits = 2, 2, int(1.9 * multiprocessors / rows)
+        warps, depth, splits = 2, 2, int(1.9 * device.multiprocessors / rows)
     else:
         warps, depth = 1, 2
-        splits, is_rows_first = _splits(shape, tile, tiles, rows, multiprocessors)
+        splits, is_rows_first = _splits(shape, tile, depth, rows, device)
     splits = max(1, min(tiles, MAX_SPLITS, splits))
     exact_splits = _exact_splits(exact, tiles, splits)
     return Schedule(form, tile, columns, splits, exact_splits, warps, depth, is_rows_first)
 
 
-def choose_together(shapes: Sequence[Shape], multiprocessors: int) -> list[Schedule]:
+def choose_together(shapes: Sequence[Shape], device: Device = DEFAULT_DEVICE) -> list[Schedule]:
     """Choose for the head groups of a layer, whose outputs one kernel merges: as many splits."""
-    plans = [choose(shape, multiprocessors) for shape in shapes]
+    plans = [choose(shape, device) for shape in shapes]
     most = max(plan.splits for plan in plans)
     exact = max(plan.exact_splits for plan in plans)
     return [plan._replace(splits=most, exact_splits=exact) for plan in plans]
@@ -217,7 +235,7 @@ def describe(plan: LayerPlan, layer: LayerGeometry, num_query_heads: int, tokens
     if reason:
         return f"reference: {reason}"
     shapes = decode_shapes(plan, layer, num_query_heads, tokens)
-    choices = map(str, choose_together(shapes, DEFAULT_MULTIPROCESSORS))
+    choices = map(str, choose_together(shapes))
     return "; ".join(dict.fromkeys(choices))
 
 
@@ -270,25 +288,53 @@ def _columns(shape: Shape, form: Form) -> int:
     return min(64, _power_of_two(columns, least=8 if shape.num_queries == 1 else 16))
 
 
-def _splits(
-    shape: Shape, tile: int, tiles: int, rows: int, multiprocessors: int
-) -> tuple[int, bool]:
+def _splits(shape: Shape, tile: int, depth: int, rows: int, device: Device) -> tuple[int, bool]:
     """Splits of one-warp programs, and whether programs are numbered rows first.
 
-    Enough bytes in flight, and more warps where arithmetic is the limit. Programs are dealt to
-    multiprocessors by number: where the short ones, over exact tokens, would not run beside all
-    the long ones, they come last.
+    Rows first, the short programs over exact tokens come last and the long ones are dealt evenly.
     """
-    room = MOST_PROGRAMS * multiprocessors
+    tiles = -(-shape.num_tokens // tile)
     tile_bytes = tile * (shape.key.token_bytes + shape.value.token_bytes)
-    is_short = tiles * rows < 8 * SHORT_SPLIT_TILES * multiprocessors
-    is_half = tile_bytes > LARGE_TILE_BYTES or (is_short and tile_bytes > SMALL_TILE_BYTES)
-    splits = room // (2 if is_half else 1) // rows
-    if splits >= 8:
-        return splits - 1, False
-    if splits >= 4 and (splits + 1) * rows <= room:
-        return splits, False
-    return room // rows, True
+    if tiles * rows < 2 * SCHEDULERS * SHORT_SPLIT_TILES * device.multiprocessors:
+        programs = 2 * SCHEDULERS if tile_bytes <= SMALL_TILE_BYTES else SCHEDULERS
+        splits = programs * device.multiprocessors // rows
+        if splits >= SHORT_SPLIT_TILES:
+            return splits - 1, False
+    resident = _resident(tile, tile_bytes * depth, device)
+    even = _even_splits(resident, rows, device.multiprocessors)
+    most = tiles // SHORT_SPLIT_TILES
+    return even or _filling_splits(resident * device.multiprocessors, rows, most), True
+
+
+def _resident(tile: int, ahead_bytes: int, device: Device) -> int:
+    """One-warp programs that a multiprocessor runs at a time."""
+    fit = device.shared_bytes // (ahead_bytes + PROGRAM_BYTES)
+    return max(1, min(fit, REGISTER_PROGRAMS if tile < 128 else WIDE_REGISTER_PROGRAMS))
+
+
+def _even_splits(resident: int, rows: int, multiprocessors: int) -> int | None:
+    """One or two long programs for every scheduler; None where they would not come out even.
+
+    They do not where many are missing, nor where the short ones are too many to be one more for
+    every multiprocessor.
+    """
+    programs = 2 * SCHEDULERS if resident >= 2 * SCHEDULERS else SCHEDULERS
+    room = programs * multiprocessors
+    splits = room // rows
+    is_even = splits * rows >= WELL_FILLED * room
+    return splits if is_even and (splits + 1) * rows <= room + multiprocessors else None
+
+
+def _filling_splits(room: int, rows: int, most: int) -> int:
+    """As many programs as run at a time, or two or three times that if those leave gaps."""
+    choices = [min(most, waves * room // rows) for waves in range(1, MOST_WAVES + 1)]
+    good = [splits for splits in choices if _filled(splits * rows, room) >= WELL_FILLED]
+    return good[0] if good else max(choices, key=lambda splits: _filled(splits * rows, room))
+
+
+def _filled(programs: int, room: int) -> float:
+    """Share of the places that are taken until the last program ends."""
+    return programs / (room * max(1, -(-programs // room)))
 
 
 def _exact_splits(exact: int, tiles: int, splits: int) -> int:

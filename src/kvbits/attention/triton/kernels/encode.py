@@ -435,6 +435,7 @@ def append_step(
     CAP: tl.constexpr,
     K_LIMIT: tl.constexpr,
     V_LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Keep the newest token of every row, and pack the QUANTUM tokens it pushes out, if any.
 
@@ -447,6 +448,8 @@ def append_step(
     if HAS_HEADS:
         i_h = tl.load(HEADS + i_hs)
     i_row = (i_b * H + i_h).to(tl.int64)
+    if PDL:  # for the new states, and what the step before left
+        tl.extra.cuda.gdc_wait()
     length, packed = row_lengths(CLOCK, PADDING, FLOOR, i_b, S, R, QUANTUM, False)
     own = length - 1
     leaving = tl.maximum(own - S - R, 0)
