@@ -299,11 +299,12 @@ class _Loop:
         self._setup_seconds += _now(self.model) - started
 
     def _capture(self, num_tokens: int) -> None:
-        """Capture the next step, so that it suits twice as many tokens as there are."""
+        """Capture the next step, to be replayed until there are twice as many tokens."""
         horizon = max(LEAST_HORIZON, 2 * num_tokens)
         self._horizon = min(horizon, self.cache.max_tokens)
         self._graph = None  # its memory can be taken by the new one
-        self.cache.expect_tokens(self._horizon)
+        # Of long rows, each program takes more as they grow: as many as now suit them then.
+        self.cache.expect_tokens(min(self._horizon, max(LEAST_HORIZON, num_tokens)))
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):

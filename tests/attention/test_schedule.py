@@ -22,14 +22,16 @@ def shapes(draw):
     key_bits, value_bits = (draw(st.sampled_from(schedules.BITS)) for _ in range(2))
     key_group = draw(st.sampled_from((0, *schedules.KEY_GROUPS))) if key_bits < 16 else 0
     groups = draw(st.sampled_from(schedules.VALUE_GROUPS)) if value_bits < 16 else 1
+    num_tokens = draw(st.integers(0, 1 << 20))
     return Shape(
         key=SideShape(key_bits, key_group, 1, head_dim),
         value=SideShape(value_bits, 0, groups, head_dim),
         group_queries=draw(st.integers(1, schedules.MAX_GROUP_QUERIES)),
         num_queries=draw(st.sampled_from((1, 1, 1, 2, 7, 128, 2048))),
         rows=draw(st.integers(1, 2048)),
-        num_tokens=draw(st.integers(0, 1 << 20)),
+        num_tokens=num_tokens,
         exact_tokens=draw(st.integers(0, 300)),
+        mean_tokens=draw(st.none() | st.integers(0, num_tokens)),
     )
 
 
@@ -50,13 +52,6 @@ def test_every_choice_can_be_launched(shape, multiprocessors, shared_bytes):
         assert plan.columns >= shape.group_queries
         assert max(shape.key.bits, shape.value.bits) < 16
     assert plan.num_stages == 2 * plan.depth + 1
-
-
-@given(st.lists(st.integers(0, 4096), min_size=1, max_size=64), st.integers(1, 256))
-def test_a_split_takes_enough_tiles_for_splits_to_suffice(tiles, splits):
-    least = schedules.tiles_per_split(tiles, splits)
-    assert least >= 1
-    assert least * splits * len(tiles) <= max(sum(tiles), splits * len(tiles))
 
 
 def serving_shape(rows, context, key_bits, value_bits, **changes):
@@ -108,7 +103,19 @@ def test_programs_of_large_batches_come_out_even(rows, key_bits, value_bits, pro
     plan = choose(serving_shape(rows, 32768, key_bits, value_bits))
     room = programs * schedules.DEFAULT_DEVICE.multiprocessors
     assert 0.9 * room <= plan.splits * 8 * rows <= room
-    assert plan.is_rows_first
+
+
+def test_splits_take_as_many_tiles_as_each_other():
+    plan = choose(serving_shape(8, 1984, 2, 2))  # 31 tiles: 15 splits would take 2 or 3
+    assert plan.splits == 11
+
+
+def test_rows_of_a_ragged_batch_share_the_places_of_their_mean():
+    even = choose(serving_shape(32, 16384, 2, 2))
+    ragged = choose(serving_shape(32, 32768, 2, 2, mean_tokens=16384))
+    assert ragged.splits == 2 * even.splits
+    extreme = choose(serving_shape(32, 1 << 20, 2, 2, mean_tokens=16384))
+    assert extreme.splits == schedules.MOST_RAGGED * even.splits
 
 
 def test_a_schedule_says_what_it_is():
@@ -150,7 +157,8 @@ LAYER = LayerGeometry(
 def test_a_layer_is_described_by_its_choice_or_by_what_is_in_the_way():
     plan = LayerPlan.uniform(Affine(bits=4), Affine(bits=4))
     (shape,) = schedules.decode_shapes(plan, LAYER, 32, 32768)
-    assert shape == serving_shape(1, 32768, 4, 4, exact_tokens=shape.exact_tokens)
+    changes = {"exact_tokens": shape.exact_tokens, "mean_tokens": shape.mean_tokens}
+    assert shape == serving_shape(1, 32768, 4, 4, **changes)
     assert schedules.describe(plan, LAYER, 32, 32768) == str(choose(shape))
     heads = schedules.describe(plan, LAYER, 256, 32768)
     assert heads == "reference: query heads per key/value head must be at most 16, got 32"

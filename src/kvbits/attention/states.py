@@ -206,11 +206,6 @@ class KernelStates:
         """Key/value heads of the layer."""
         return int(self.tails[0].shape[1])
 
-    @property
-    def most_packed(self) -> int:
-        """Packed tokens of the longest row."""
-        return max(self.packed, default=0)
-
     def arguments(self, group: StoreGroup) -> tuple[Tensor, ...]:
         """What kernels over one head group read and write, in the order of their arguments."""
         return (

@@ -96,12 +96,7 @@ def _run_cell(job: CellJob) -> None:
     cell, is_searched = job
     states = random_states(cell)
     shipped = schedule_of(cell, states)
-    schedules = [
-        variant
-        for is_rows_first in (False, True)
-        for variant in program_variants(shipped._replace(is_rows_first=is_rows_first))
-    ]
-    for schedule in schedules if is_searched else [shipped]:
+    for schedule in program_variants(shipped) if is_searched else [shipped]:
         with suppress(OutOfResources):
             attend(random_query(cell), states, 1.0, window=cell.window or None, schedule=schedule)
 

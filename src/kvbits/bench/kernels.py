@@ -191,7 +191,8 @@ def states_bytes(states: KernelStates, window: int = 0) -> int:
 
 def schedule_of(cell: Cell, states: KernelStates) -> Schedule:
     """What the shipped heuristic chooses."""
-    shape = shape_of(states.groups[0], states, cell.group_queries, cell.num_queries)
+    group, window = states.groups[0], cell.window or None
+    shape = shape_of(group, states, cell.group_queries, cell.num_queries, window)
     return schedules.choose(shape, device_of(states.clock))
 
 
@@ -221,17 +222,13 @@ class CellBench:
     def best(self) -> tuple[float, Schedule]:
         """Least time of schedules around the shipped one: what the heuristic leaves.
 
-        Splits and order of programs first, then what one program does.
+        Splits first, then what one program does.
         """
         shipped = self.shipped
         tiles = -(-max(self.layers[0].packed) // shipped.tile)
         wanted = {round(shipped.splits * factor) for factor in SPLIT_FACTORS}
         splits = sorted({max(1, min(tiles, number)) for number in wanted})
-        _, found = self._fastest(
-            shipped._replace(splits=number, is_rows_first=is_rows_first)
-            for number in splits
-            for is_rows_first in (False, True)
-        )
+        _, found = self._fastest(shipped._replace(splits=number) for number in splits)
         return self._fastest(program_variants(found))
 
     def _fastest(self, schedules: Iterable[Schedule]) -> tuple[float, Schedule]:

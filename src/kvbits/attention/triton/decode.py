@@ -64,7 +64,9 @@ def attend(
     group_queries = num_heads // num_kv_heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    shapes = [shape_of(group, states, group_queries, num_queries) for group in states.groups]
+    shapes = [
+        shape_of(group, states, group_queries, num_queries, window) for group in states.groups
+    ]
     if schedule:
         plans = [schedule] * len(shapes)
     else:
@@ -93,18 +95,24 @@ def attend(
 
 
 def shape_of(
-    group: StoreGroup, states: KernelStates, group_queries: int, num_queries: int
+    group: StoreGroup,
+    states: KernelStates,
+    group_queries: int,
+    num_queries: int,
+    window: int | None = None,
 ) -> Shape:
     """What a call is about, for ``schedule.choose``."""
+    seen = [min(packed, window or packed) for packed in states.packed]
     return Shape(
         key=schedules.supported_shape(group.key.codec, group.key.head_dim),
         value=schedules.supported_shape(group.value.codec, group.value.head_dim),
         group_queries=group_queries,
         num_queries=num_queries,
         rows=group.key.num_heads * states.tails[0].shape[0],
-        num_tokens=states.most_packed,
+        num_tokens=max(seen, default=0),
         exact_tokens=states.most_exact,
         is_ring=states.is_ring,
+        mean_tokens=-(-sum(seen) // max(1, len(seen))),
     )
 
 
@@ -130,7 +138,7 @@ def _launch_int8(
         options["cap"],
         plan.splits,
         plan.exact_splits,
-        _per_split(states, plan),
+        _per_split(shape, plan),
         group.key.table.stride(0),
         group.value.table.stride(0),
         query.stride(0),
@@ -192,7 +200,7 @@ def _launch_fp16(
         options["cap"],
         plan.splits,
         plan.exact_splits,
-        _per_split(states, plan),
+        _per_split(shape, plan),
         group.key.table.stride(0),
         group.value.table.stride(0),
         query.stride(0),
@@ -236,18 +244,17 @@ def _constants(
         "WINDOW": options["WINDOW"],
         "SOFTCAP": options["SOFTCAP"],
         "COMPILED": options["COMPILED"],
-        "ROWS_FIRST": plan.is_rows_first,
     }
 
 
 def _grid(plan: Schedule, rows: int) -> tuple[int, int]:
-    splits = plan.splits + plan.exact_splits
-    return (rows, splits) if plan.is_rows_first else (splits, rows)
+    return rows, plan.splits + plan.exact_splits
 
 
-def _per_split(states: KernelStates, plan: Schedule) -> int:
-    tiles = [-(-packed // plan.tile) for packed in states.packed]
-    return schedules.tiles_per_split(tiles, plan.splits)
+def _per_split(shape: Shape, plan: Schedule) -> int:
+    """Tiles a split takes at least, so that short rows of a ragged batch use fewer splits."""
+    tiles = -(-shape.num_tokens // plan.tile)
+    return max(1, -(-tiles // plan.splits))
 
 
 def _merge(

@@ -26,14 +26,15 @@ INT8_QUERIES = 4  # up to these, the int8 form's two columns per head are free
 TILE_TOKENS = 64
 EXACT_TILE_TOKENS = 16
 MAX_SPLITS = 256
+MOST_RAGGED = 4
+DEPTH = 2
 SCHEDULERS = 4  # of a multiprocessor
 SHORT_SPLIT_TILES = 8  # a split of fewer tiles is mostly start and end
 SMALL_TILE_BYTES = 5_000  # 2-bit keys and values
-REGISTER_PROGRAMS = 12  # of one warp that fit a multiprocessor's registers
-WIDE_REGISTER_PROGRAMS = 8  # where a program's tile is of 128 tokens
 PROGRAM_BYTES = 3_500  # of shared memory, beside the tiles it loads ahead
 WELL_FILLED = 0.9
 MOST_WAVES = 3
+LEAST_TILES = 6  # of a program, where there are more of them than run at a time
 
 Form = Literal["int8", "fp16"]
 
@@ -84,9 +85,11 @@ class Shape(NamedTuple):
         group_queries: Query heads per key/value head.
         num_queries: Queries per row.
         rows: Batch rows times key/value heads of the store.
-        num_tokens: Packed tokens of the longest row that the call should be good for.
+        num_tokens: Packed tokens of the longest row that the call should be good for; at most
+            those of a sliding window.
         exact_tokens: Room for exact tokens: sinks and residual, or the new chunk.
         is_ring: Whether exact tokens lie in a ring; the int8 form reads no others.
+        mean_tokens: Like ``num_tokens``, of all rows; None: they are all as long.
     """
 
     key: SideShape
@@ -97,10 +100,12 @@ class Shape(NamedTuple):
     num_tokens: int
     exact_tokens: int
     is_ring: bool = True
+    mean_tokens: int | None = None
 
 
 class Schedule(NamedTuple):
-    """How to launch.
+    """How to launch. Programs are numbered row after row within a split: those over exact tokens,
+    which are short, come last, so that the long ones are dealt evenly.
 
     Attributes:
         form: ``int8`` or ``fp16`` tensor cores.
@@ -110,8 +115,6 @@ class Schedule(NamedTuple):
         exact_splits: Programs over its exact tokens.
         num_warps: Warps of a program.
         depth: Tiles a program loads ahead of the one it works on.
-        is_rows_first: Whether programs are numbered row after row within a split, which puts the
-            short ones over exact tokens last.
     """
 
     form: Form
@@ -121,7 +124,6 @@ class Schedule(NamedTuple):
     exact_splits: int
     num_warps: int
     depth: int
-    is_rows_first: bool = False
 
     @property
     def num_stages(self) -> int:
@@ -202,22 +204,15 @@ def unsupported_heads(group_queries: int) -> str | None:
 def choose(shape: Shape, device: Device = DEFAULT_DEVICE) -> Schedule:
     """Choose how a shape runs."""
     form, tile = _form(shape), _tile(shape)
-    tiles = max(1, -(-shape.num_tokens // tile))
     columns = _columns(shape, form)
-    column_tiles = -(-shape.num_queries * shape.group_queries // columns)
-    rows = shape.rows * column_tiles
+    warps = _warps(shape)
+    mean = shape.num_tokens if shape.mean_tokens is None else shape.mean_tokens
+    tiles = max(1, -(-mean // tile))
+    rows = shape.rows * -(-shape.num_queries * shape.group_queries // columns)
+    splits = max(1, min(tiles, _splits(shape, form, tile, columns, tiles, rows, device)))
+    splits = _splits_of_longest(splits, tiles, max(1, -(-shape.num_tokens // tile)))
     exact = -(-shape.exact_tokens // EXACT_TILE_TOKENS)
-    is_rows_first = False
-    if shape.num_queries > 1:
-        warps, depth, splits = 4, 1, 4 * device.multiprocessors // rows
-    elif min(shape.key.bits, shape.value.bits) == 16:
-        warps, depth, splits = 2, 2, int(1.9 * device.multiprocessors / rows)
-    else:
-        warps, depth = 1, 2
-        splits, is_rows_first = _splits(shape, tile, depth, rows, device)
-    splits = max(1, min(tiles, MAX_SPLITS, splits))
-    exact_splits = _exact_splits(exact, tiles, splits)
-    return Schedule(form, tile, columns, splits, exact_splits, warps, depth, is_rows_first)
+    return Schedule(form, tile, columns, splits, _exact_splits(exact, tiles, splits), warps, DEPTH)
 
 
 def choose_together(shapes: Sequence[Shape], device: Device = DEFAULT_DEVICE) -> list[Schedule]:
@@ -244,6 +239,7 @@ def decode_shapes(
 ) -> list[Shape]:
     """The shapes of a decode step, by head group, once every row holds ``tokens``."""
     shapes = []
+    packed = int(plan.packed_lengths(np.array([tokens])).key[0])
     for group in plan.groups:
         heads = layer.num_key_value_heads if group.heads is None else len(group.heads)
         shapes.append(
@@ -253,17 +249,12 @@ def decode_shapes(
                 group_queries=num_query_heads // layer.num_key_value_heads,
                 num_queries=1,
                 rows=batch * heads,
-                num_tokens=int(plan.packed_lengths(np.array([tokens])).key[0]),
+                num_tokens=packed,
                 exact_tokens=plan.sink_tokens + plan.exact_capacity,
+                mean_tokens=packed,
             )
         )
     return shapes
-
-
-def tiles_per_split(tiles: Sequence[int], splits: int) -> int:
-    """Tiles a split takes at least, so that short rows of a ragged batch use fewer splits."""
-    total = sum(tiles)
-    return max(1, total // max(1, splits * len(tiles)))
 
 
 def _form(shape: Shape) -> Form:
@@ -288,28 +279,40 @@ def _columns(shape: Shape, form: Form) -> int:
     return min(64, _power_of_two(columns, least=8 if shape.num_queries == 1 else 16))
 
 
-def _splits(shape: Shape, tile: int, depth: int, rows: int, device: Device) -> tuple[int, bool]:
-    """Splits of one-warp programs, and whether programs are numbered rows first.
+def _warps(shape: Shape) -> int:
+    if shape.num_queries > 1:
+        return 4
+    return 2 if min(shape.key.bits, shape.value.bits) == 16 else 1
 
-    Rows first, the short programs over exact tokens come last and the long ones are dealt evenly.
-    """
-    tiles = -(-shape.num_tokens // tile)
+
+def _splits(
+    shape: Shape, form: Form, tile: int, columns: int, tiles: int, rows: int, device: Device
+) -> int:
+    """Programs for the packed tokens of a row."""
     tile_bytes = tile * (shape.key.token_bytes + shape.value.token_bytes)
+    fit = max(1, device.shared_bytes // (DEPTH * tile_bytes + PROGRAM_BYTES))
+    resident = min(fit, _register_programs(shape, form, tile, columns))
+    filling = _filling_splits(resident * device.multiprocessors, rows, tiles)
+    if shape.num_queries > 1:
+        return filling
+    if min(shape.key.bits, shape.value.bits) == 16:
+        few = 2 * device.multiprocessors // rows - 1
+        return few if few >= resident else filling
     if tiles * rows < 2 * SCHEDULERS * SHORT_SPLIT_TILES * device.multiprocessors:
-        programs = 2 * SCHEDULERS if tile_bytes <= SMALL_TILE_BYTES else SCHEDULERS
+        is_heavy = tile_bytes <= SMALL_TILE_BYTES or 0 < shape.key.key_group < 128
+        programs = SCHEDULERS * (2 if is_heavy else 1)
         splits = programs * device.multiprocessors // rows
-        if splits >= SHORT_SPLIT_TILES:
-            return splits - 1, False
-    resident = _resident(tile, tile_bytes * depth, device)
-    even = _even_splits(resident, rows, device.multiprocessors)
-    most = tiles // SHORT_SPLIT_TILES
-    return even or _filling_splits(resident * device.multiprocessors, rows, most), True
+        return splits - 1 if splits >= SHORT_SPLIT_TILES else splits
+    return _even_splits(resident, rows, device.multiprocessors) or filling
 
 
-def _resident(tile: int, ahead_bytes: int, device: Device) -> int:
-    """One-warp programs that a multiprocessor runs at a time."""
-    fit = device.shared_bytes // (ahead_bytes + PROGRAM_BYTES)
-    return max(1, min(fit, REGISTER_PROGRAMS if tile < 128 else WIDE_REGISTER_PROGRAMS))
+def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int:
+    """Programs whose registers a multiprocessor has at a time, as compiled for an H200."""
+    if shape.num_queries > 1:
+        return 3 if columns <= 16 else 2
+    is_narrow = max(shape.key.bits, shape.value.bits) == 2
+    is_large = tile == 128 or shape.key.head_dim > 128 or (form == "fp16" and not is_narrow)
+    return SCHEDULERS * (2 if is_large else 3)
 
 
 def _even_splits(resident: int, rows: int, multiprocessors: int) -> int | None:
@@ -325,9 +328,10 @@ def _even_splits(resident: int, rows: int, multiprocessors: int) -> int | None:
     return splits if is_even and (splits + 1) * rows <= room + multiprocessors else None
 
 
-def _filling_splits(room: int, rows: int, most: int) -> int:
+def _filling_splits(room: int, rows: int, tiles: int) -> int:
     """As many programs as run at a time, or two or three times that if those leave gaps."""
-    choices = [min(most, waves * room // rows) for waves in range(1, MOST_WAVES + 1)]
+    more = [waves * room // rows for waves in range(2, MOST_WAVES + 1)]
+    choices = [room // rows, *(splits for splits in more if splits * LEAST_TILES <= tiles)]
     good = [splits for splits in choices if _filled(splits * rows, room) >= WELL_FILLED]
     return good[0] if good else max(choices, key=lambda splits: _filled(splits * rows, room))
 
@@ -335,6 +339,15 @@ def _filling_splits(room: int, rows: int, most: int) -> int:
 def _filled(programs: int, room: int) -> float:
     """Share of the places that are taken until the last program ends."""
     return programs / (room * max(1, -(-programs // room)))
+
+
+def _splits_of_longest(splits: int, tiles: int, most: int) -> int:
+    """Splits of the longest row, if ``splits`` suit the mean: all take as many tiles.
+
+    Splits that a short row has no use for cost their empty outputs, which limits them.
+    """
+    per_split = -(-tiles // splits)
+    return min(-(-most // per_split), MOST_RAGGED * splits, MAX_SPLITS)
 
 
 def _exact_splits(exact: int, tiles: int, splits: int) -> int:

@@ -156,7 +156,6 @@ def attend_fp16(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     COMPILED: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attend NQ queries of every row to some of its tokens; grid (splits, B * HS, column tiles).
@@ -165,8 +164,8 @@ def attend_fp16(
     where CAP is 0, ``tail_columns`` columns that end with the newest token. Column c is query
     c // GQ of head c % GQ. A side of 16 bits holds states of the query's own dtype.
     """
-    i_s = tl.program_id(1 if ROWS_FIRST else 0)
-    i_bh = tl.program_id(0 if ROWS_FIRST else 1)
+    i_bh = tl.program_id(0)
+    i_s = tl.program_id(1)
     i_b = i_bh // HS
     i_hs = i_bh % HS  # head in the store; i_h is the same head in the layer
     i_c = tl.program_id(2)

@@ -267,16 +267,15 @@ def attend_int8(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     COMPILED: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attend one query of every row to a share of its tokens; grid (splits, B * HS).
+    """Attend one query of every row to a share of its tokens; grid (B * HS, splits).
 
     The first splits take packed tiles, the last the exact tokens. G: tokens of a per-channel
     key group, 0 for per-token keys. VG: scale groups of a value.
     """
-    i_s = tl.program_id(1 if ROWS_FIRST else 0)
-    i_bh = tl.program_id(0 if ROWS_FIRST else 1)
+    i_bh = tl.program_id(0)
+    i_s = tl.program_id(1)
     i_b = i_bh // HS
     i_hs = i_bh % HS  # head in the store; i_h is the same head in the layer
     i_h = i_hs
