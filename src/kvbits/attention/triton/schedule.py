@@ -259,10 +259,12 @@ def decode_shapes(
 
 def _form(shape: Shape) -> Form:
     is_packed = max(shape.key.bits, shape.value.bits) < 16
-    few = shape.num_queries == 1 and shape.group_queries <= INT8_QUERIES
-    # Per-channel scales multiply the query; in fp16 that takes a trip through shared memory.
-    per_channel = shape.num_queries == 1 and shape.key.key_group > 0 and shape.group_queries <= 8
-    return "int8" if is_packed and shape.is_ring and (few or per_channel) else "fp16"
+    # Per-channel scales multiply the query, and 3 bits are three planes: in fp16 the first take a
+    # trip through shared memory, and the second more instructions.
+    is_costly = shape.key.key_group > 0 or 3 in (shape.key.bits, shape.value.bits)
+    most = 2 * INT8_QUERIES if is_costly else INT8_QUERIES
+    is_few = shape.num_queries == 1 and shape.group_queries <= most
+    return "int8" if is_packed and shape.is_ring and is_few else "fp16"
 
 
 def _tile(shape: Shape) -> int:
@@ -296,8 +298,8 @@ def _splits(
     if shape.num_queries > 1:
         return filling
     if min(shape.key.bits, shape.value.bits) == 16:
-        few = 2 * device.multiprocessors // rows - 1
-        return few if few >= resident else filling
+        few = 2 * device.multiprocessors // rows
+        return few if few > resident else filling
     if tiles * rows < 2 * SCHEDULERS * SHORT_SPLIT_TILES * device.multiprocessors:
         is_heavy = tile_bytes <= SMALL_TILE_BYTES or 0 < shape.key.key_group < 128
         programs = SCHEDULERS * (2 if is_heavy else 1)
@@ -310,8 +312,9 @@ def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int
     """Programs whose registers a multiprocessor has at a time, as compiled for an H200."""
     if shape.num_queries > 1:
         return 3 if columns <= 16 else 2
-    is_narrow = max(shape.key.bits, shape.value.bits) == 2
-    is_large = tile == 128 or shape.key.head_dim > 128 or (form == "fp16" and not is_narrow)
+    is_wide = form == "fp16" or columns > INT8_QUERIES
+    is_narrow = form == "fp16" and max(shape.key.bits, shape.value.bits) == 2
+    is_large = tile == 128 or shape.key.head_dim > 128 or (is_wide and not is_narrow)
     return SCHEDULERS * (2 if is_large else 3)
 
 
@@ -346,7 +349,8 @@ def _splits_of_longest(splits: int, tiles: int, most: int) -> int:
 
     Splits that a short row has no use for cost their empty outputs, which limits them.
     """
-    per_split = -(-tiles // splits)
+    # The last split of a row of any length is half empty in the mean.
+    per_split = -(-2 * tiles // (2 * splits - (most > tiles)))
     return min(-(-most // per_split), MOST_RAGGED * splits, MAX_SPLITS)
 
 
