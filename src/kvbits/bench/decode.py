@@ -36,9 +36,10 @@ def measure(
         repeats: Interleaved runs of which the median counts; more than one on machines where
             other programs run.
         impl: See ``CachePlan.new_cache``.
-        is_profiled: Whether to add what a step's time is made of; on a CUDA device only.
+        is_profiled: Whether to add a record each of what a step's time is made of; on a CUDA
+            device only. They come last: once a profiler has run, launches of graphs take longer.
     """
-    run = partial(_run, model, is_prompted=is_prompted, impl=impl, is_profiled=is_profiled)
+    run = partial(_run, model, is_prompted=is_prompted, impl=impl)
     for workload in workloads:
         runs: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
         if impl == "compiled":  # before the clock runs
@@ -52,6 +53,9 @@ def measure(
             if "step_ms" in record and "step_ms" in medians[0]:
                 record["speedup"] = round(medians[0]["step_ms"] / record["step_ms"], 3)
             yield record
+    for workload in workloads if is_profiled else ():
+        for variant in variants:
+            yield _profile(model, variant, workload, impl)
 
 
 def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -71,7 +75,6 @@ def _run(
     *,
     is_prompted: bool,
     impl: Impl,
-    is_profiled: bool,
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
         "variant": variant.name,
@@ -84,8 +87,7 @@ def _run(
     if variant.plan is not None:
         record["effective_bits"] = round(variant.plan.effective_bits, 4)
     try:
-        spare = step_profile.STEPS if is_profiled else 0
-        cache, made, seconds = _decode(model, variant, workload, is_prompted, impl, spare)
+        cache, made, seconds = _decode(model, variant, workload, is_prompted, impl)
     except torch.cuda.OutOfMemoryError:
         _release(model)
         return record | {"error": "out of memory"}
@@ -103,10 +105,21 @@ def _run(
         record["generated_per_second"] = round(workload.batch * workload.new_tokens / whole, 1)
     if model.device.type == "cuda":
         record["peak_bytes"] = torch.cuda.max_memory_allocated(model.device)
-    if is_profiled:
-        record["kernel_ms"] = step_profile.kernel_ms(model, cache, workload.batch)
     record["wall_seconds"] = round(seconds, 2)
     del cache
+    _release(model)
+    return record
+
+
+def _profile(model: Any, variant: Variant, workload: Workload, impl: Impl) -> dict[str, Any]:
+    batch, context, _ = workload
+    record: dict[str, Any] = {"variant": variant.name, "batch": batch, "context": context}
+    try:
+        cache = variant.new_cache(model, context + step_profile.STEPS, impl)
+        fill(model, cache, batch, context)
+        record["kernel_ms"] = step_profile.kernel_ms(model, cache, batch)
+    except torch.cuda.OutOfMemoryError:
+        record["error"] = "out of memory"
     _release(model)
     return record
 
@@ -117,13 +130,12 @@ def _decode(
     workload: Workload,
     is_prompted: bool,
     impl: Impl,
-    spare: int,
 ) -> tuple[Any, Generation, float]:
     started = time.perf_counter()
     batch, context, new_tokens = workload
     is_cuda = model.device.type == "cuda"
     # On a CPU there is nothing to capture, and exact layers are the stock layers.
-    room = context + new_tokens + spare if is_cuda else None
+    room = context + new_tokens if is_cuda else None
     cache = variant.new_cache(model, room, impl)
     width = context
     if not is_prompted:

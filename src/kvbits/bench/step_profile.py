@@ -33,7 +33,7 @@ def kernel_ms(model: Any, cache: Any, batch: int) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     token = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         generate(model, token, cache, max_new_tokens=STEPS)
     events = profiler.key_averages()
     return by_kind((event.key, event.self_device_time_total / STEPS / 1e3) for event in events)

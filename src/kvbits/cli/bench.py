@@ -38,6 +38,7 @@ CELL_COLUMNS = ("name", "batch", "context", "time_us", "speedup", "roofline_shar
 ENCODING_COLUMNS = ("suite", "name", "time_us", "gb_s")
 DECODE_COLUMNS = ("variant", "batch", "context", "step_ms", "tokens_per_second", "speedup")
 BYTES_COLUMNS = ("cache_bytes", "peak_bytes")
+PROFILE_COLUMNS = ("kernel_ms",)
 LARGEST_COLUMNS = ("variant", "effective_bits", "largest_batch", "peak_bytes")
 DEFAULT_OUTPUT = Path("runs/bench")
 DEFAULT_PLANS = ("K16V16", "K8V8", "K4V4", "K4V2", "K2V2")
@@ -128,6 +129,7 @@ def decode(
         is_profiled=profile,
     )
     columns = DECODE_COLUMNS + (("generated_per_second",) if prompt else ()) + BYTES_COLUMNS
+    columns += PROFILE_COLUMNS if profile else ()
     path = output / "decode.jsonl"
     facts: dict[str, Any] = {"dtype": str(loaded.dtype).removeprefix("torch.")}
     if loaded.device.type == "cpu":
@@ -227,6 +229,8 @@ def _cell(record: dict[str, Any], column: str) -> str:
         return str(record.get("error", "")) if column == "step_ms" else ""
     if column.endswith("_bytes"):
         return size(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part:g}" for key, part in value.items())
     if column == "roofline_share":
         return f"{100 * value:.0f} %"
     return f"{value:,}" if isinstance(value, int | float) else str(value)
