@@ -26,6 +26,7 @@ INT8_QUERIES = 4  # up to these, the int8 form's two columns per head are free
 TILE_TOKENS = 64
 EXACT_TILE_TOKENS = 16
 MAX_SPLITS = 256
+RAGGED = 1.25  # the longest row over the mean, from which on a batch counts as ragged
 MOST_RAGGED = 4
 DEPTH = 2
 SCHEDULERS = 4  # of a multiprocessor
@@ -347,10 +348,12 @@ def _filled(programs: int, room: int) -> float:
 def _splits_of_longest(splits: int, tiles: int, most: int) -> int:
     """Splits of the longest row, if ``splits`` suit the mean: all take as many tiles.
 
-    Splits that a short row has no use for cost their empty outputs, which limits them.
+    Rows of different length end at different times, which smaller programs even out. Splits that a
+    short row has no use for cost their empty outputs, which limits them.
     """
-    # The last split of a row of any length is half empty in the mean.
-    per_split = -(-2 * tiles // (2 * splits - (most > tiles)))
+    if most > RAGGED * tiles:
+        splits = min(tiles, splits * 3 // 2)
+    per_split = -(-tiles // splits)
     return min(-(-most // per_split), MOST_RAGGED * splits, MAX_SPLITS)
 
 
