@@ -10,7 +10,20 @@ import copy
 
 import torch
 
-from kvbits.codecs import Affine, Identity
+from kvbits.codecs import (
+    Affine,
+    Codebook,
+    EncodeContext,
+    Float4,
+    Float8,
+    Identity,
+    NormScaled,
+    Outliers,
+    PreRope,
+    Rotated,
+    VarianceNormalised,
+)
+from kvbits.codecs.levels import lloyd_max, normal_float
 from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan
 
 HEADS, KEY_DIM, VALUE_DIM = 3, 16, 24
@@ -39,6 +52,38 @@ PLANS = {
     ),
     "independent-token": LayerPlan.uniform(
         Affine(bits=4), Affine(bits=2), residual_length=10, sink_tokens=2, flush="independent"
+    ),
+    "ternary": LayerPlan.uniform(
+        Affine(bits=1.5, clip_ratio=0.9), Affine(bits=1.5, group_size=8, parameter_dtype="float8")
+    ),
+    "codebook": LayerPlan.uniform(
+        Codebook(levels=normal_float(3), granularity="per_channel", group_size=32),
+        Codebook(levels=normal_float(4), group_size=8),
+        residual_length=10,
+    ),
+    "float": LayerPlan.uniform(Float4(format="nvfp4"), Float8(tensor_scale=0.5)),
+    "turbo": LayerPlan.uniform(
+        Rotated(inner=NormScaled(levels=lloyd_max(3)), sign_seed=7),
+        NormScaled(levels=lloyd_max(4)),
+        sink_tokens=3,
+    ),
+    "tiles": LayerPlan.uniform(
+        Rotated(inner=VarianceNormalised(inner=channel(2, 32), scaled="token", tile_tokens=64)),
+        VarianceNormalised(inner=Affine(bits=2), scaled="channel", tile_tokens=32),
+        sink_tokens=2,
+    ),
+    "outliers": LayerPlan.uniform(
+        Outliers(inner=channel(3, 32), slots=2, by="channel"),
+        Outliers(inner=Affine(bits=2, group_size=12), slots=4),
+        residual_length=20,
+    ),
+    "pre-rope": LayerPlan.uniform(
+        PreRope(
+            inner=Outliers(inner=channel(4, 32), slots=2, by="channel"),
+            frequencies=(1.0, 0.1, 0.01, 0.0123),
+        ),
+        Affine(bits=3),
+        sink_tokens=3,
     ),
     "key-exact": LayerPlan.uniform(Identity(), Affine(bits=4), residual_length=10),
     "value-exact": LayerPlan.uniform(channel(2, 32), Identity(), sink_tokens=2),
@@ -97,16 +142,20 @@ class NaiveRow:
             if count > 0:
                 first = self.plan.sink_tokens + self.packed[side]
                 states = torch.stack(self.tokens[side][first : first + count], 1)
-                self.tokens[side][first : first + count] = self.stored(side, states).unbind(1)
+                stored = self.stored(side, states, first)
+                self.tokens[side][first : first + count] = stored.unbind(1)
                 self.packed[side] += count
 
-    def stored(self, side, states):
-        """What the codecs make of ``[H_kv, T, D]``, each head group by its own."""
+    def stored(self, side, states, first):
+        """What the codecs make of ``[H_kv, T, D]`` from row position ``first`` on, each head group
+        by its own."""
+        context = EncodeContext(torch.arange(first, first + states.shape[1])[None])
         decoded = torch.empty_like(states)
         for group in self.plan.groups:
             heads = list(range(len(states)) if group.heads is None else group.heads)
             codec = group.codec(side)
-            decoded[heads] = codec.decode(codec.encode(states[None, heads]))[0].to(states.dtype)
+            encoded = codec.encode(states[None, heads], context)
+            decoded[heads] = codec.decode(encoded, context)[0].to(states.dtype)
         return decoded
 
     def crop(self, length):

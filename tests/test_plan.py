@@ -301,8 +301,8 @@ REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
     ),
     (
         "unknown codec",
-        edit(*KEY, "kind", to="codebook"),
-        r"^layers\[0\]\.groups\[0\]\.key\.kind must be one of affine, identity, got 'codebook'; a",
+        edit(*KEY, "kind", to="vector"),
+        r"^layers\[0\]\.groups\[0\]\.key\.kind must be one of affine, codebook, .*, got 'vector'; a",
     ),
     (
         "codec without a kind",
@@ -312,12 +312,12 @@ REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
     (
         "bad width",
         edit(*KEY, "bits", to=5),
-        r"^layers\[0\]\.groups\[0\]\.key\.bits must be 2, 3, 4 or 8, got 5$",
+        r"^layers\[0\]\.groups\[0\]\.key\.bits must be 1\.5, 2, 3, 4 or 8, got 5$",
     ),
     (
         "width as text",
         edit(*KEY, "bits", to="4"),
-        r"^layers\[0\]\.groups\[0\]\.key\.bits must be 2, 3, 4 or 8, got '4'$",
+        r"^layers\[0\]\.groups\[0\]\.key\.bits must be 1\.5, 2, 3, 4 or 8, got '4'$",
     ),
     (
         "group that does not divide the head",

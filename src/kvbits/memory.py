@@ -46,10 +46,9 @@ def page_bytes(
         tokens: Tokens of a page; ``page_tokens(codec)`` if not given.
     """
     tokens = tokens or page_tokens(codec)
-    bits = tokens * head_dim * codec.code_bits(state_bits)
+    bits = 8 * tokens * codec.row_bytes(head_dim, state_bits)
     for spec in codec.parameter_specs(head_dim):
-        items = tokens if spec.axis == "token" else tokens // codec.block_tokens
-        bits += items * spec.bits_per_item
+        bits += tokens // spec.block_tokens * spec.bits_per_item
     return record_bytes(num_heads * bits // 8)
 
 

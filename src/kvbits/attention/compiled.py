@@ -67,12 +67,18 @@ def unavailable(plan: LayerPlan, device: torch.device) -> str | None:
     if plan.flush != "joint":
         return f"flush must be 'joint', got {plan.flush!r}"
     for codec in (codec for group in plan.groups for codec in (group.key, group.value)):
-        if not codec.is_exact and not (isinstance(codec, Affine) and not codec.symmetric):
+        if not codec.is_exact and not _is_readable(codec):
             return f"codecs must be exact or affine with an offset, got {codec!r}"
     for group in plan.groups:
         if isinstance(group.value, Affine) and group.value.granularity != "per_token":
             return f"values must share scales per token, got {group.value!r}"
     return None
+
+
+def _is_readable(codec: Codec) -> bool:
+    if not isinstance(codec, Affine) or codec.symmetric:
+        return False
+    return codec.parameter_dtype != "float8" and codec.bits in (2, 3, 4, 8)
 
 
 def attend(
@@ -172,7 +178,7 @@ def _exact(states: LayerStates) -> tuple[Tensor, Tensor, Tensor | None]:
 def _side(store: PageStore) -> _Side:
     codec: Codec = store.codec
     is_blocked = isinstance(codec, Affine) and codec.granularity == "per_channel"
-    bits = 16 if codec.is_exact else codec.code_bits()
+    bits = 16 if codec.is_exact else int(codec.code_bits())
     return _Side(bits, store.page_tokens, codec.block_tokens if is_blocked else 0)
 
 

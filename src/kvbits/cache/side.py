@@ -44,6 +44,7 @@ class SideStorage:
                 dtype=states.dtype,
                 device=states.device,
                 page_tokens=plan.page_tokens,
+                first_position=plan.sink_tokens,
             )
             if max_tokens is not None:
                 most = plan.packed_lengths(np.array([max_tokens]))

@@ -7,10 +7,47 @@ from typing import Annotated
 from pydantic import Field
 
 from kvbits.codecs.affine import Affine
-from kvbits.codecs.base import Codec, Encoded, ParameterSpec
+from kvbits.codecs.base import Codec, EncodeContext, Encoded, ParameterSpec
+from kvbits.codecs.codebook import Codebook, NormScaled
+from kvbits.codecs.floating import Float4, Float8
 from kvbits.codecs.identity import Identity
+from kvbits.codecs.outliers import Outliers
+from kvbits.codecs.rope import PreRope
+from kvbits.codecs.rotation import Rotated
+from kvbits.codecs.variance import VarianceNormalised
 
-AnyCodec = Annotated[Affine | Identity, Field(discriminator="kind")]
+AnyCodec = Annotated[
+    Affine
+    | Codebook
+    | Float4
+    | Float8
+    | Identity
+    | NormScaled
+    | Outliers
+    | PreRope
+    | Rotated
+    | VarianceNormalised,
+    Field(discriminator="kind"),
+]
 """Every codec a plan file may name, told apart by ``kind``."""
 
-__all__ = ["Affine", "AnyCodec", "Codec", "Encoded", "Identity", "ParameterSpec"]
+for _wrapper in (Outliers, PreRope, Rotated, VarianceNormalised):  # they name AnyCodec themselves
+    _wrapper.model_rebuild(_types_namespace={"AnyCodec": AnyCodec})
+
+__all__ = [
+    "Affine",
+    "AnyCodec",
+    "Codebook",
+    "Codec",
+    "EncodeContext",
+    "Encoded",
+    "Float4",
+    "Float8",
+    "Identity",
+    "NormScaled",
+    "Outliers",
+    "ParameterSpec",
+    "PreRope",
+    "Rotated",
+    "VarianceNormalised",
+]

@@ -8,52 +8,67 @@ at most half a stored step. Offsets are real numbers, not integer zero points: a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from kvbits.codecs.base import Codec, Encoded, ParameterSpec
+from kvbits.codecs.base import (
+    NO_CONTEXT,
+    TERNARY_BITS,
+    EncodeContext,
+    Encoded,
+    ParameterSpec,
+    Width,
+)
+from kvbits.codecs.groups import Grouped, check_whole_bytes
 
-PARAMETER_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+PARAMETER_DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float8": torch.float8_e4m3fn,
+}
+WIDTHS = (TERNARY_BITS, 2, 3, 4, 8)
+ParameterDtype = Literal["float16", "float32", "float8"]
 
 
-class Affine(Codec):
+def _known_width(bits: object) -> Width:
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or bits not in WIDTHS:
+        raise PydanticCustomError("width", "Input should be 1.5, 2, 3, 4 or 8")
+    return bits
+
+
+class Affine(Grouped):
     """Uniform quantization ``x ≈ codes * scale + offset``.
 
     ``granularity="per_token"`` shares a scale along ``head_dim`` in groups of ``group_size``
     channels (default: all of them); ``"per_channel"`` shares it along ``group_size`` tokens, as
     KIVI does for keys. ``symmetric=True`` drops the offset: ``x ≈ (codes - 2**(bits-1)) * scale``.
+    ``bits=1.5`` has three levels, stored five codes to a byte. ``clip_ratio`` shrinks the range of
+    every group by a factor before anything else: values beyond it take its ends.
 
-    Source: KIVI (arXiv 2402.02750) section 3; KVTuner (arXiv 2502.04420) eq. 2.
+    Source: KIVI (arXiv 2402.02750) section 3; KVTuner (arXiv 2502.04420) eq. 2; clipping and
+    float8 (e4m3) scales: SKVQ (arXiv 2405.06219).
     Differs from the paper: scale and offset are rounded outwards to their stored dtype first.
 
     Raises:
-        ValueError: If ``group_size`` is missing for per-channel codes or is not positive.
+        ValueError: If ``group_size`` is missing for per-channel codes or is not positive, or a
+            setting is out of range.
     """
 
     kind: Literal["affine"] = "affine"
-    bits: Literal[2, 3, 4, 8]
-    granularity: Literal["per_token", "per_channel"] = "per_token"
-    group_size: int | None = None
+    bits: Annotated[Width, PlainValidator(_known_width)]
     symmetric: bool = False
-    parameter_dtype: Literal["float16", "float32"] = "float16"
+    parameter_dtype: ParameterDtype = "float16"
+    clip_ratio: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
-    def _check_group_size(self) -> Affine:
-        if self.group_size is None:
-            if self.granularity == "per_channel":
-                raise ValueError(
-                    "group_size must be given when granularity='per_channel', got None"
-                )
-        elif self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+    def _check_symmetry(self) -> Affine:
+        if self.bits == TERNARY_BITS and self.symmetric:
+            raise ValueError("symmetric must be False when bits=1.5, got True")
         return self
-
-    @property
-    def block_tokens(self) -> int:
-        return self.group_size or 1 if self.granularity == "per_channel" else 1
 
     @property
     def largest_magnitude(self) -> float:
@@ -61,34 +76,29 @@ class Affine(Codec):
         dtype = PARAMETER_DTYPES[self.parameter_dtype]
         return torch.finfo(dtype).max / (2 if dtype == torch.float32 else 1)
 
-    def code_bits(self, state_bits: int = 16) -> int:
+    @property
+    def is_plain(self) -> bool:
+        """Whether codes are stored as kernels know them: an fp16 scale and offset, whole bits."""
+        is_known = self.parameter_dtype == "float16" and self.bits != TERNARY_BITS
+        return is_known and not self.symmetric and self.clip_ratio == 1
+
+    def code_bits(self, state_bits: int = 16) -> Width:
         return self.bits
 
     def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
-        dtype = PARAMETER_DTYPES[self.parameter_dtype]
-        components = 1 if self.symmetric else 2
-        if self.granularity == "per_channel":
-            return (ParameterSpec("affine", "block", head_dim, components, dtype),)
-        rows = head_dim // self._channels_per_group(head_dim)
-        return (ParameterSpec("affine", "token", rows, components, dtype),)
+        dtype = storage_dtype(PARAMETER_DTYPES[self.parameter_dtype])
+        return (self._affine_spec(head_dim, 1 if self.symmetric else 2, dtype),)
 
     def check_head_dim(self, head_dim: int) -> None:
-        # Byte w of a row holds channels w, w + NB, w + 2 NB, ...: a row must fill whole bytes.
-        multiple = 8 if self.bits == 3 else 8 // self.bits
-        if head_dim % multiple:
-            raise ValueError(
-                f"head_dim must be a multiple of {multiple} for bits={self.bits}, got {head_dim}"
-            )
-        group = self._channels_per_group(head_dim)
-        if self.granularity == "per_token" and head_dim % group:
-            raise ValueError(
-                f"group_size must divide head_dim={head_dim}, got {self.group_size}; "
-                "use None for one group per token and head"
-            )
+        if self.bits != TERNARY_BITS:  # which pads its last byte
+            check_whole_bytes(head_dim, int(self.bits))
+        super().check_head_dim(head_dim)
 
-    def encode(self, states: Tensor) -> Encoded:
+    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
         grouped = self._grouped(states.float())
         low, high = grouped.aminmax(dim=-1, keepdim=True)
+        if self.clip_ratio != 1:
+            low, high = low * self.clip_ratio, high * self.clip_ratio
         scale, offset = self._scale_and_offset(low, high)
         # A constant group has code 0, and the offset restores it.
         step = torch.where(scale == 0, 1.0, scale)
@@ -98,43 +108,52 @@ class Affine(Codec):
             steps = (grouped - offset) * (1.0 / step)
         else:
             steps = (grouped - offset) / step
-        codes = steps.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        codes = steps.round_().clamp_(0, self._top_code).to(torch.uint8)
         parts = (scale,) if self.symmetric else (scale, offset)
-        parameters = torch.cat(parts, -1).to(PARAMETER_DTYPES[self.parameter_dtype])
+        parameters = stored(torch.cat(parts, -1), PARAMETER_DTYPES[self.parameter_dtype])
         return Encoded(self._ungrouped(codes, states.shape[-2]), {"affine": parameters})
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        parameters = encoded.parameters["affine"].float()  # [B, H_kv, N, rows, components]
+    def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
+        dtype = PARAMETER_DTYPES[self.parameter_dtype]
+        # [B, H_kv, N, rows, components]
+        parameters = restored(encoded.parameters["affine"], dtype)
         codes = self._grouped(encoded.codes).float()
         scale = parameters[..., :1]
-        offset = scale * -(2 ** (self.bits - 1)) if self.symmetric else parameters[..., 1:]
+        offset = parameters[..., 1:]
+        if self.symmetric:
+            offset = scale * -(2.0 ** (self.bits - 1))
         return self._ungrouped(torch.addcmul(offset, codes, scale), encoded.codes.shape[-2])
 
-    def _channels_per_group(self, head_dim: int) -> int:
-        return self.group_size or head_dim
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        """Bring each group to the last axis: ``[B, H_kv, N, rows, values of the group]``."""
-        if self.granularity == "per_token":
-            return x.unflatten(-1, (-1, self._channels_per_group(x.shape[-1])))
-        return x.unflatten(-2, (-1, self.block_tokens)).transpose(-1, -2)
-
-    def _ungrouped(self, grouped: Tensor, num_tokens: int) -> Tensor:
-        if self.granularity == "per_token":
-            return grouped.flatten(-2)
-        return grouped.transpose(-1, -2).flatten(-3, -2)
+    @property
+    def _top_code(self) -> int:
+        return 2 if self.bits == TERNARY_BITS else 2 ** int(self.bits) - 1
 
     def _scale_and_offset(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Stored scale and offset of each group, as float32."""
         dtype = PARAMETER_DTYPES[self.parameter_dtype]
         if self.symmetric:
-            top = 2 ** (self.bits - 1)
+            top = 2 ** (int(self.bits) - 1)
             scale = round_up(torch.maximum(high / (top - 1), -low / top).clamp_(min=0), dtype)
             return scale, scale * -top
         offset = round_down(low, dtype)
         # On a GPU, division by a number is a product with its reciprocal; by a tensor it is not.
-        steps = torch.full_like(high, 2**self.bits - 1)
+        steps = torch.full_like(high, self._top_code)
         return round_up((high - offset) / steps, dtype), offset
+
+
+def storage_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype that values of ``dtype`` are stored in: bytes for 8-bit floats."""
+    return torch.uint8 if dtype.itemsize == 1 else dtype
+
+
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 as ``dtype`` in its storage dtype."""
+    return x.to(dtype).view(torch.uint8) if dtype.itemsize == 1 else x.to(dtype)
+
+
+def restored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo ``stored``: float32."""
+    return x.contiguous().view(dtype).float() if dtype.itemsize == 1 else x.float()
 
 
 def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,7 +161,7 @@ def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = x.to(dtype)
     if dtype == torch.float32:
         return rounded
-    bits = rounded.view(torch.int16)
+    bits = rounded.view(torch.int16 if dtype.itemsize == 2 else torch.int8)
     # The next value down, sign and magnitude in mind; what rounds up to zero rounds to -0.
     below = (bits - bits.sign()).view(dtype)
     return torch.where(rounded.float() > x, below, rounded).float()

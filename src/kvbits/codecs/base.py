@@ -15,11 +15,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+Width = int | float
+TERNARY_BITS = 1.5
+
 
 class ParameterSpec(NamedTuple):
     """One named parameter of a codec, as the page store must keep it.
 
-    ``axis`` says what owns a value: every token, or every block of ``block_tokens`` tokens.
+    ``axis`` says what owns a value: every token, or every block of ``block_tokens`` tokens, by
+    which the codec's own block can be divided.
     Tensors are ``[B, H_kv, N, rows, components]`` with N tokens or N blocks.
     """
 
@@ -28,6 +32,7 @@ class ParameterSpec(NamedTuple):
     rows: int
     components: int
     dtype: torch.dtype
+    block_tokens: int = 1
 
     @property
     def bits_per_item(self) -> int:
@@ -40,6 +45,20 @@ class Encoded(NamedTuple):
 
     codes: Tensor
     parameters: dict[str, Tensor]
+
+
+class EncodeContext(NamedTuple):
+    """What a codec may know of states beside the states themselves.
+
+    Attributes:
+        positions: Row positions of the tokens, int64 ``[B or 1, T]``; needed by codecs that undo
+            the rotary embedding.
+    """
+
+    positions: Tensor | None = None
+
+
+NO_CONTEXT = EncodeContext()
 
 
 class Codec(BaseModel, ABC):
@@ -66,8 +85,14 @@ class Codec(BaseModel, ABC):
         return math.inf
 
     @abstractmethod
-    def code_bits(self, state_bits: int = 16) -> int:
-        """Stored width of one code; ``state_bits`` is the width of the states' own dtype."""
+    def code_bits(self, state_bits: int = 16) -> Width:
+        """Stored width of one code, 1.5 for three levels; ``state_bits`` is the width of the
+        states' own dtype."""
+
+    def row_bytes(self, head_dim: int, state_bits: int = 16) -> int:
+        """Bytes of the codes of one token and head; three levels go five to a byte."""
+        bits = self.code_bits(state_bits)
+        return -(-head_dim // 5) if bits == TERNARY_BITS else int(head_dim * bits) // 8
 
     @abstractmethod
     def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
@@ -78,17 +103,16 @@ class Codec(BaseModel, ABC):
         """Raise ``ValueError`` if states of ``head_dim`` channels cannot be stored."""
 
     @abstractmethod
-    def encode(self, states: Tensor) -> Encoded:
+    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
         """Encode ``[B, H_kv, T, D]``, T a multiple of ``block_tokens``, in float32 arithmetic."""
 
     @abstractmethod
-    def decode(self, encoded: Encoded) -> Tensor:
+    def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
         """Return states ``[B, H_kv, T, D]``: float32, or the stored dtype when exact."""
 
     def stored_bits(self, head_dim: int, state_bits: int = 16) -> Fraction:
         """Exact bits per stored value, parameters included (page rounding is not)."""
-        total = Fraction(self.code_bits(state_bits))
+        total = Fraction(8 * self.row_bytes(head_dim, state_bits), head_dim)
         for spec in self.parameter_specs(head_dim):
-            tokens = 1 if spec.axis == "token" else self.block_tokens
-            total += Fraction(spec.bits_per_item, tokens * head_dim)
+            total += Fraction(spec.bits_per_item, spec.block_tokens * head_dim)
         return total

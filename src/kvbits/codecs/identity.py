@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kvbits.codecs.base import Codec, Encoded, ParameterSpec
+from kvbits.codecs.base import NO_CONTEXT, Codec, EncodeContext, Encoded, ParameterSpec
 
 
 class Identity(Codec):
@@ -36,8 +36,8 @@ class Identity(Codec):
     def check_head_dim(self, head_dim: int) -> None:
         """Any head_dim can be stored."""
 
-    def encode(self, states: Tensor) -> Encoded:
+    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
         return Encoded(states, {})
 
-    def decode(self, encoded: Encoded) -> Tensor:
+    def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
         return encoded.codes

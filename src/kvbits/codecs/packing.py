@@ -10,6 +10,8 @@ Layout ``kvbits-1``. A page holds ``page_tokens`` tokens (a multiple of 64) of o
                          P0 = c0 | c1 << 3 | (c6 & 3) << 6
                          P2 = c4 | c5 << 3 | (c7 >> 1) << 6
                          P1 = c2 | c3 << 3 | (c6 >> 2) << 6 | (c7 & 1) << 7
+        1.5 bits         c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4, cj = channel w + j * NB, NB = D / 5
+                         rounded up; channels beyond the last count as 0
     bit 7 of every byte is flipped, so that a byte read as int8 is a sum of codes around zero and
     integer tensor cores can take it with one AND.
 
@@ -32,7 +34,7 @@ import math
 import torch
 from torch import Tensor
 
-from kvbits.codecs.base import Codec
+from kvbits.codecs.base import TERNARY_BITS, Codec, Width
 
 LAYOUT_ID = "kvbits-1"
 BASE_PAGE_TOKENS = 64
@@ -63,8 +65,15 @@ def page_capacity(num_pages: int) -> int:
     return capacity
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes along the last axis: uint8 ``[..., D]`` to uint8 ``[..., D * bits // 8]``."""
+def pack_bits(codes: Tensor, bits: Width) -> Tensor:
+    """Pack codes along the last axis: uint8 ``[..., D]`` to uint8 ``[..., D * bits // 8]``; 1.5
+    bits: ``[..., ceil(D / 5)]``."""
+    if bits == TERNARY_BITS:
+        padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 5))
+        runs = padded.unflatten(-1, (5, -1))
+        weights = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)
+        return (runs * weights[:, None]).sum(-2, dtype=torch.uint8) ^ _SIGN
+    bits = int(bits)
     if bits == 8:
         return codes ^ _SIGN
     if bits == 3:
@@ -80,14 +89,17 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     return packed ^ _SIGN
 
 
-def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+def unpack_bits(packed: Tensor, bits: Width, head_dim: int | None = None) -> Tensor:
     """Undo ``pack_bits``: uint8 ``[..., D * bits // 8]`` to uint8 ``[..., D]``."""
-    return torch.cat(unpack_runs(packed, bits), -1)
+    return torch.cat(unpack_runs(packed, bits), -1)[..., :head_dim]
 
 
-def unpack_runs(packed: Tensor, bits: int) -> list[Tensor]:
+def unpack_runs(packed: Tensor, bits: Width) -> list[Tensor]:
     """Codes by equal runs of channels, in order: each uint8 ``[..., D / number of runs]``."""
     packed = packed ^ _SIGN
+    if bits == TERNARY_BITS:
+        return [packed // 3**digit % 3 for digit in range(5)]
+    bits = int(bits)
     if bits == 8:
         return [packed]
     if bits == 3:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvbits.codecs import packing
-from kvbits.codecs.base import Codec, Encoded
+from kvbits.codecs.base import Codec, EncodeContext, Encoded
 
 
 class _Chunk(NamedTuple):
@@ -51,6 +51,7 @@ class PageStore:
         dtype: Dtype of the states (what an exact codec stores).
         device: Where the pages live.
         page_tokens: Tokens of a page, if more than the codec needs: a multiple of that.
+        first_position: Row position of the first token.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PageStore:
         dtype: torch.dtype,
         device: torch.device,
         page_tokens: int | None = None,
+        first_position: int = 0,
     ) -> None:
         codec.check_head_dim(head_dim)
         self.codec = codec
@@ -72,6 +74,7 @@ class PageStore:
         self.dtype = dtype
         self.device = device
         self.page_tokens = page_tokens or packing.page_tokens(codec)
+        self.first_position = first_position
         self.lengths = [0] * num_rows
         self._is_transposed = side == "value" and not codec.is_exact
         self._specs = codec.parameter_specs(head_dim)
@@ -130,7 +133,9 @@ class PageStore:
 
         T must be a multiple of the codec's block. Nothing already stored is touched.
         """
-        self._write(self.codec.encode(states), rows)
+        starts = self.lengths if rows is None else [self.lengths[row] for row in rows]
+        context = self._context(starts, states.shape[-2])
+        self._write(self.codec.encode(states, context), rows)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Decode tokens ``start`` to ``stop`` of every row: ``[B, H, stop - start, D]``.
@@ -145,8 +150,9 @@ class PageStore:
             )
             return zeros if kept == start else torch.cat((self.read(start, kept), zeros), -2)
         first, last = start // self.page_tokens, self._num_pages(stop)
-        decoded = self.codec.decode(self._encoded(self._gather(first, last)))
         begin = first * self.page_tokens
+        context = self._context([begin], (last - first) * self.page_tokens)
+        decoded = self.codec.decode(self._encoded(self._gather(first, last)), context)
         decoded = decoded[:, :, start - begin : stop - begin]
         if held_by_all >= stop:
             return decoded
@@ -276,7 +282,7 @@ class PageStore:
         """Shape of each plane of one page, and its dtype."""
         width, dtype = self.head_dim, self.dtype
         if not self.codec.is_exact:
-            width, dtype = width * self.codec.code_bits() // 8, torch.uint8
+            width, dtype = self.codec.row_bytes(self.head_dim), torch.uint8
         row = (width, self.page_tokens) if self._is_transposed else (self.page_tokens, width)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((self.num_heads, *row), dtype)
@@ -284,7 +290,7 @@ class PageStore:
         for spec in self._specs:
             shape = (spec.rows, self.page_tokens, spec.components)
             if spec.axis == "block":
-                shape = (self.page_tokens // self.codec.block_tokens, spec.rows, spec.components)
+                shape = (self.page_tokens // spec.block_tokens, spec.rows, spec.components)
             shapes[spec.name] = ((self.num_heads, *shape), spec.dtype)
         return shapes
 
@@ -391,6 +397,12 @@ class PageStore:
 
     # ----- between pages and codes
 
+    def _context(self, starts: Sequence[int], count: int) -> EncodeContext:
+        """For ``count`` tokens of every row from ``starts`` on; one row if all start alike."""
+        distinct = starts if len(set(starts)) > 1 else starts[:1]
+        first = torch.tensor(distinct, device=self.device)[:, None] + self.first_position
+        return EncodeContext(first + torch.arange(count, device=self.device))
+
     def _write(self, encoded: Encoded, rows: Sequence[int] | None) -> None:
         codes, parameters = encoded
         num_tokens = codes.shape[-2]
@@ -409,7 +421,7 @@ class PageStore:
             if spec.axis == "token":
                 self._scatter(spec.name, values, places, True)
             else:
-                blocks = self._places(written, starts, values.shape[2], self.codec.block_tokens)
+                blocks = self._places(written, starts, values.shape[2], spec.block_tokens)
                 self._scatter(spec.name, values, blocks, False)
 
     def _places(self, rows: list[int], starts: list[int], count: int, step: int) -> list[_Place]:
@@ -471,7 +483,7 @@ class PageStore:
             codes = codes[..., self._positions].transpose(-1, -2)
         codes = self._rows_first(codes)
         if not self.codec.is_exact:
-            codes = packing.unpack_bits(codes, self.codec.code_bits())
+            codes = packing.unpack_bits(codes, self.codec.code_bits(), self.head_dim)
         parameters = {}
         for spec in self._specs:
             plane = planes[spec.name]

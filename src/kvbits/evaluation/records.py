@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvbits._version import __version__
+from kvbits.codecs.base import Width
 from kvbits.errors import PlanError, RecordError
 from kvbits.evaluation.jsonl import append_json_line, read_json_lines
 from kvbits.evaluation.token_set import TokenSet
@@ -43,7 +44,7 @@ class PlanSummary(_Strict):
     """
 
     description: str
-    pairs: tuple[tuple[int, int], ...] | None = None
+    pairs: tuple[tuple[Width, Width], ...] | None = None
     mode: str | None = None
     method: str | None = None
 

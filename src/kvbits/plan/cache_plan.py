@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvbits import memory
 from kvbits._version import __version__
+from kvbits.codecs.base import Width
 from kvbits.errors import PlanError
 from kvbits.geometry import ModelGeometry, num_cache_layers
 from kvbits.layer_plan import LayerPlan
@@ -263,7 +264,7 @@ class CachePlan(BaseModel):
     # ----- what it costs
 
     @property
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[tuple[Width, Width]]:
         """``(key_bits, value_bits)`` of every layer.
 
         Raises:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from kvbits.codecs import Affine, Codec
 from kvbits.errors import PlanError
 from kvbits.geometry import ModelGeometry
 from kvbits.layer_plan import LayerPlan
@@ -120,7 +121,8 @@ def write(layers: Sequence[LayerPlan], model: ModelGeometry, mode: str | None) -
     """Text of a KVTuner file; stock layers that cannot be packed are left out.
 
     Raises:
-        PlanError: If a packable layer keeps a side exact: KVTuner overflows int8 above 8 bits.
+        PlanError: If a packable layer keeps a side exact, as KVTuner overflows int8 above 8 bits,
+            or has codecs that KVTuner does not know.
     """
     data: dict[int, dict[Any, Any]] = {}
     for index in model.packable_layers:
@@ -139,8 +141,19 @@ def write(layers: Sequence[LayerPlan], model: ModelGeometry, mode: str | None) -
 def _head_pairs(plan: LayerPlan) -> dict[int, Pair]:
     """Pair of every named head in order; of one unnamed group, as head 0."""
     pairs = {
-        head: (group.key.bits, group.value.bits)
+        head: (_width(group.key), _width(group.value))
         for group in plan.groups
         for head in group.heads or (0,)
     }
     return dict(sorted(pairs.items()))
+
+
+def _width(codec: Codec) -> int:
+    """Whole bits of a codec that KVTuner has."""
+    if codec.is_exact:
+        return EXACT_BITS
+    if not isinstance(codec, Affine) or codec.bits not in WIDTHS:
+        raise PlanError(
+            f"codecs must be affine with whole bits in a KVTuner file, got {shorten(codec)}"
+        )
+    return int(codec.bits)

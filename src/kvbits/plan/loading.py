@@ -93,7 +93,7 @@ def field_path(location: Sequence[str | int]) -> str:
     for index, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not (index and location[index - 1] in ("key", "value")):
+        elif not (index and location[index - 1] in ("key", "value", "inner")):
             path += f".{part}" if path else part
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvbits.codecs import AnyCodec
 from kvbits.geometry import ModelGeometry
 from kvbits.layer_plan import LayerPlan
 
@@ -19,7 +20,13 @@ def layer_parts(layers: Sequence[LayerPlan], model: ModelGeometry) -> list[str]:
 
 def layer_name(plan: LayerPlan) -> str:
     """``K8V4``; the pairs of several head groups are joined by a slash."""
-    return "/".join(f"K{group.key.bits}V{group.value.bits}" for group in plan.groups)
+    return "/".join(f"K{_side_name(group.key)}V{_side_name(group.value)}" for group in plan.groups)
+
+
+def _side_name(codec: AnyCodec) -> str:
+    """Width, and the kind of codecs that are not the usual ones: ``4``, ``3[rotated]``."""
+    is_usual = codec.is_exact or codec.kind == "affine"
+    return f"{codec.bits}" if is_usual else f"{codec.bits}[{codec.kind}]"
 
 
 def ranges(indices: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from kvbits.codecs import Codec
+from kvbits.codecs import Codec, EncodeContext
 from kvbits.errors import CalibrationError
 from kvbits.layer_plan import LayerPlan
 
@@ -157,7 +157,8 @@ def decoded_states(codec: Codec, states: Tensor) -> Tensor:
     whole = states.shape[1] - states.shape[1] % codec.block_tokens
     if whole == 0 or codec.is_exact:
         return states.float()
-    decoded = codec.decode(codec.encode(states[None, :, :whole].float()))[0]
+    context = EncodeContext(torch.arange(whole, device=states.device)[None])
+    decoded = codec.decode(codec.encode(states[None, :, :whole].float(), context), context)[0]
     return torch.cat([decoded.float(), states[:, whole:].float()], dim=1)
 
 

@@ -140,12 +140,13 @@ def side_shape(codec: Codec, head_dim: int) -> SideShape | None:
     """The shape of a codec's storage, or None where no kernel reads it."""
     if isinstance(codec, Identity):
         return SideShape(16, 0, 1, head_dim)
-    if not isinstance(codec, Affine) or codec.symmetric or codec.parameter_dtype != "float16":
+    if not isinstance(codec, Affine) or not codec.is_plain:
         return None
+    bits = int(codec.bits)
     if codec.granularity == "per_channel":
-        return SideShape(codec.bits, codec.block_tokens, 1, head_dim)
+        return SideShape(bits, codec.block_tokens, 1, head_dim)
     groups = head_dim // codec.group_size if codec.group_size else 1
-    return SideShape(codec.bits, 0, groups, head_dim)
+    return SideShape(bits, 0, groups, head_dim)
 
 
 def supported_shape(codec: Codec, head_dim: int) -> SideShape:

@@ -1,0 +1,148 @@
+"""Codes that name levels of a table instead of equal steps."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from kvbits.codecs.affine import round_up
+from kvbits.codecs.base import NO_CONTEXT, Codec, EncodeContext, Encoded, ParameterSpec
+from kvbits.codecs.groups import Grouped, check_whole_bytes
+
+MAX_LEVELS = 256
+FP16 = torch.float16
+
+Levels = Annotated[tuple[float, ...], Field(min_length=4, max_length=MAX_LEVELS)]
+
+
+class Table(Codec):
+    """What codecs over a table of levels share; not one by itself.
+
+    Raises:
+        ValueError: If the levels do not ascend, or their number is not 4, 8, 16 or 256.
+    """
+
+    levels: Levels
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Table:
+        if any(low >= high for low, high in pairwise(self.levels)):
+            raise ValueError(f"levels must ascend, got {self.levels}")
+        if len(self.levels) not in (4, 8, 16, MAX_LEVELS):
+            raise ValueError(f"levels must number 4, 8, 16 or 256, got {len(self.levels)}")
+        return self
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return round(math.log2(len(self.levels)))
+
+    def code_bits(self, state_bits: int = 16) -> int:
+        return self.bits
+
+    def check_head_dim(self, head_dim: int) -> None:
+        check_whole_bytes(head_dim, self.bits)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Code of the level nearest to each value; of two as near, the lower one."""
+        table = self.table(x.device)
+        return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+
+    def table(self, device: torch.device) -> Tensor:
+        """The levels, float32."""
+        return torch.tensor(self.levels, device=device)
+
+
+class Codebook(Table, Grouped):
+    """Levels over the range of a group: ``x ≈ levels[code] * scale + offset``.
+
+    The levels span [-1, 1]; ``scale`` is half the range of the group and ``offset`` its middle.
+
+    Source: KVQuant (arXiv 2401.18079) section 3.3 (nuq).
+    Differs from the paper: the range of a group of keys is its own, not a calibrated one; scale
+    and offset are rounded to fp16 first, the scale upwards, so that the range stays covered.
+    """
+
+    kind: Literal["codebook"] = "codebook"
+
+    @model_validator(mode="after")
+    def _check_span(self) -> Codebook:
+        if self.levels[0] < -1 or self.levels[-1] > 1:
+            raise ValueError(f"levels must lie in [-1, 1], got {self.levels}")
+        return self
+
+    @property
+    def largest_magnitude(self) -> float:
+        return torch.finfo(FP16).max / 2
+
+    def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
+        return (self._affine_spec(head_dim, 2, FP16),)
+
+    def check_head_dim(self, head_dim: int) -> None:
+        Table.check_head_dim(self, head_dim)
+        Grouped.check_head_dim(self, head_dim)
+
+    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
+        grouped = self._grouped(states.float())
+        low, high = grouped.aminmax(dim=-1, keepdim=True)
+        offset = ((low + high) / 2).to(FP16).float()
+        scale = round_up(torch.maximum(high - offset, offset - low), FP16)
+        codes = self.nearest((grouped - offset) / torch.where(scale == 0, 1.0, scale))
+        parameters = torch.cat((scale, offset), -1).to(FP16)
+        return Encoded(self._ungrouped(codes, states.shape[-2]), {"affine": parameters})
+
+    def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
+        scale, offset = encoded.parameters["affine"].float().split(1, -1)
+        values = self.table(encoded.codes.device)[self._grouped(encoded.codes).int()]
+        return self._ungrouped(values * scale + offset, encoded.codes.shape[-2])
+
+
+class NormScaled(Table):
+    """One norm per token, and levels for its direction: ``x ≈ norm * levels[code] / sqrt(D)``.
+
+    The levels are those of a standard normal, which is what the channels of a rotated direction
+    look like, so wrap this in ``Rotated``. ``is_corrected`` stores the norm that makes the decoded
+    vector as long as the exact one.
+
+    Source: TurboQuant (arXiv 2504.19874), the variant of least mean squared error.
+    Differs from the paper: the norm is corrected, as engines that adopted it do; no sketch of the
+    residual.
+    """
+
+    kind: Literal["norm_scaled"] = "norm_scaled"
+    is_corrected: bool = True
+
+    @property
+    def block_tokens(self) -> int:
+        return 1
+
+    @property
+    def largest_magnitude(self) -> float:
+        # The norm of 256 channels of this size still fits; correction may double it.
+        return torch.finfo(FP16).max / 32
+
+    def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
+        return (ParameterSpec("norm", "token", 1, 1, FP16),)
+
+    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
+        # In float64, so that the order of a sum never shows in what is stored.
+        x = states.double()
+        norm = x.square().sum(-1, keepdim=True).sqrt()
+        root = math.sqrt(states.shape[-1])
+        direction = x * (root / torch.where(norm == 0, 1.0, norm))
+        codes = self.nearest(direction.float())
+        if self.is_corrected:
+            level = self.table(states.device).double()[codes.int()]
+            norm = norm * root / level.square().sum(-1, keepdim=True).sqrt()
+        stored = norm.to(FP16)[..., None]  # [B, H_kv, T, 1, 1]
+        return Encoded(codes, {"norm": stored})
+
+    def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
+        norm = encoded.parameters["norm"].float().squeeze(-1)
+        values = self.table(encoded.codes.device)[encoded.codes.int()]
+        return values * (norm / math.sqrt(encoded.codes.shape[-1]))

@@ -1,0 +1,83 @@
+"""A few values of every token apart, in 16 bits, so that the others need a smaller range."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvbits.codecs.base import NO_CONTEXT, EncodeContext, Encoded, ParameterSpec
+from kvbits.codecs.wrappers import Wrapper
+
+FP16 = torch.float16
+MAX_CHANNELS = 256  # an index is a byte
+
+
+class Outliers(Wrapper):
+    """The ``slots`` most extreme values of every token and head, half of them from each end.
+
+    ``by="token"``: the largest and smallest of the token. ``by="channel"``: those furthest from
+    the middle of their channel in this block of tokens, in half ranges, so that a channel that
+    lies far from zero does not take every slot; for inner codecs with scales per channel.
+
+    A slot is a byte for the channel and an fp16 value: ``24 * slots / D`` bits a value.
+
+    Source: KVQuant (arXiv 2401.18079) section 3.4.
+    Differs from the paper: as many slots for every token and head, so that nothing has to be sized
+    while decoding; keys are compared within their block, not with calibrated thresholds.
+    """
+
+    kind: Literal["outliers"] = "outliers"
+    slots: int = Field(ge=2, multiple_of=2)
+    by: Literal["token", "channel"] = "token"
+
+    @property
+    def largest_magnitude(self) -> float:
+        return min(self.inner.largest_magnitude, torch.finfo(FP16).max)
+
+    def own_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
+        return (
+            ParameterSpec("outlier_channel", "token", 1, self.slots, torch.uint8),
+            ParameterSpec("outlier_value", "token", 1, self.slots, FP16),
+        )
+
+    def check_head_dim(self, head_dim: int) -> None:
+        if not self.slots < head_dim <= MAX_CHANNELS:
+            raise ValueError(
+                f"head_dim must be above slots={self.slots} and at most {MAX_CHANNELS}, "
+                f"got {head_dim}"
+            )
+        super().check_head_dim(head_dim)
+
+    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
+        x = states.float()
+        score, middle = self._score(x)
+        half = self.slots // 2
+        order = score.sort(dim=-1, stable=True).indices
+        channel = torch.cat((order[..., :half], order[..., -half:]), -1).sort(-1).values
+        value = x.gather(-1, channel)
+        rest = x.scatter(-1, channel, middle.expand_as(x).gather(-1, channel))
+        encoded = self.inner.encode(rest, context)
+        own = {
+            "outlier_channel": channel.to(torch.uint8)[..., None, :],
+            "outlier_value": value.to(FP16)[..., None, :],
+        }
+        return Encoded(encoded.codes, encoded.parameters | own)
+
+    def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
+        channel = encoded.parameters["outlier_channel"].squeeze(-2).long()
+        value = encoded.parameters["outlier_value"].squeeze(-2).float()
+        return self.inner.decode(encoded, context).scatter(-1, channel, value)
+
+    def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """How far out every value is, and what stands in for an outlier in its group."""
+        if self.by == "token":
+            return x, x.median(-1, keepdim=True).values
+        blocks = x.unflatten(-2, (-1, self.block_tokens))
+        low, high = blocks.aminmax(dim=-2, keepdim=True)
+        middle = (low + high) / 2
+        half = (high - low) / 2
+        score = (blocks - middle) / torch.where(half == 0, 1.0, half)
+        return score.flatten(-3, -2), middle.expand_as(blocks).flatten(-3, -2)

@@ -1,0 +1,57 @@
+"""Keys as they were before the rotary embedding, where their channels keep their place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvbits.codecs.base import EncodeContext
+from kvbits.codecs.wrappers import Wrapper
+
+
+class PreRope(Wrapper):
+    """Keys turned back by their position before they are encoded, and forth when decoded.
+
+    The first ``2 * len(frequencies)`` channels rotate, in pairs of channel i and channel
+    i + len(frequencies); the others are left alone. Positions count a row's real tokens: under
+    left padding a row is turned by one angle too few, both times.
+
+    Source: KVQuant (arXiv 2401.18079) section 3.2.
+
+    Args:
+        frequencies: Radians per token of every pair, scaling of the context included.
+    """
+
+    kind: Literal["pre_rope"] = "pre_rope"
+    frequencies: Annotated[tuple[float, ...], Field(min_length=1)]
+
+    @property
+    def largest_magnitude(self) -> float:
+        return self.inner.largest_magnitude / 2  # a pair can turn into one channel
+
+    def check_head_dim(self, head_dim: int) -> None:
+        if head_dim < 2 * len(self.frequencies):
+            raise ValueError(
+                f"head_dim must be at least {2 * len(self.frequencies)}, two channels for every "
+                f"frequency, got {head_dim}"
+            )
+        super().check_head_dim(head_dim)
+
+    def apply(self, states: Tensor, context: EncodeContext) -> Tensor:
+        return self._turn(states, context, -1)
+
+    def undo(self, states: Tensor, context: EncodeContext) -> Tensor:
+        return self._turn(states, context, 1)
+
+    def _turn(self, states: Tensor, context: EncodeContext, sign: int) -> Tensor:
+        assert context.positions is not None, "keys cannot be turned without their positions"
+        # Angles of a million tokens need more than float32's 24 bits.
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=states.device)
+        angle = context.positions[:, None, :, None] * frequencies  # [B or 1, 1, T, pairs]
+        cos, sin = angle.cos().float(), (sign * angle.sin()).float()
+        pairs = len(self.frequencies)
+        low, high, rest = states.split([pairs, pairs, states.shape[-1] - 2 * pairs], -1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), -1)

@@ -1,0 +1,62 @@
+"""Rotation of a head's channels, which spreads what a few channels hold over all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvbits.codecs.base import EncodeContext
+from kvbits.codecs.wrappers import Wrapper
+
+
+class Rotated(Wrapper):
+    """States times an orthonormal Hadamard matrix, with random signs first if a seed is given.
+
+    Source: QuaRot (arXiv 2404.00456) section 4; signs: TurboQuant (arXiv 2504.19874).
+    """
+
+    kind: Literal["rotated"] = "rotated"
+    sign_seed: int | None = None
+
+    @property
+    def largest_magnitude(self) -> float:
+        # A rotation gathers at most sqrt(256) times a channel's magnitude in one.
+        return self.inner.largest_magnitude / 16
+
+    def check_head_dim(self, head_dim: int) -> None:
+        if head_dim & (head_dim - 1):
+            raise ValueError(
+                f"head_dim must be a power of two to be rotated by a Hadamard matrix, "
+                f"got {head_dim}"
+            )
+        super().check_head_dim(head_dim)
+
+    def apply(self, states: Tensor, context: EncodeContext) -> Tensor:
+        return hadamard(states if self.sign_seed is None else states * self._signs(states))
+
+    def undo(self, states: Tensor, context: EncodeContext) -> Tensor:
+        rotated = hadamard(states)
+        return rotated if self.sign_seed is None else rotated * self._signs(states)
+
+    def _signs(self, states: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.sign_seed or 0)
+        bits = torch.randint(0, 2, (states.shape[-1],), generator=generator)
+        return (2 * bits - 1).to(states)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply the last axis by the orthonormal Hadamard matrix, which is its own inverse.
+
+    By sums and differences of pairs, log2 D times, always in the same order: a matrix product
+    would round differently from one batch to the next, and so would codes.
+    """
+    width = x.shape[-1]
+    step = 1
+    while step < width:
+        low, high = x.unflatten(-1, (-1, 2, step)).unbind(-2)
+        x = torch.stack((low + high, low - high), -2).flatten(-3)
+        step *= 2
+    return x * (1 / math.sqrt(width))
