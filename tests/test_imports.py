@@ -29,23 +29,26 @@ RANKS = {
     "attention": 5,
     "cache": 6,
     "plan": 7,
-    "evaluation": 8,
-    "generation": 9,
-    "tuning": 9,
-    "report": 9,
-    "bench": 10,
-    "cli": 11,
-    "testing": 12,  # shipped helpers for tests: may import anything, nothing imports them
+    "methods": 8,
+    "evaluation": 9,
+    "generation": 10,
+    "tuning": 10,
+    "report": 10,
+    "bench": 11,
+    "cli": 12,
+    "testing": 13,  # shipped helpers for tests: may import anything, nothing imports them
 }
 # The door and the version are not part of the order: everything may read them.
 OUTSIDE_THE_ORDER = {"__init__", "_version"}
 
-# geometry.py asks transformers how it types the layers of a config, and nothing else.
+# geometry.py asks transformers how it types the layers of a config, methods/rotary.py for the
+# frequencies of its rotary embedding, and nothing else.
 MAY_IMPORT_TRANSFORMERS = (
     "geometry.py",
     "cache/hf.py",
     "cache/saving.py",
     "attention/hf.py",
+    "methods/rotary.py",
     "evaluation/",
     "tuning/",
     "bench/",

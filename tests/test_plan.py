@@ -302,7 +302,7 @@ REFUSALS: list[tuple[str, Callable[[Any], None], str]] = [
     (
         "unknown codec",
         edit(*KEY, "kind", to="vector"),
-        r"^layers\[0\]\.groups\[0\]\.key\.kind must be one of affine, codebook, .*, got 'vector'; a",
+        r"^layers\[0\]\.groups\[0\]\.key\.kind must be one of affine, .*, got 'vector'; a",
     ),
     (
         "codec without a kind",

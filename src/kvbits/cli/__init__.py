@@ -18,6 +18,7 @@ from kvbits.cli.evaluate import evaluate
 from kvbits.cli.failures import OneLineGroup
 from kvbits.cli.generate import generate
 from kvbits.cli.inspect import inspect
+from kvbits.cli.methods import calibrate, methods
 from kvbits.cli.report import report
 from kvbits.cli.tune import tune
 
@@ -48,7 +49,7 @@ def _root(
     """Options of the command itself."""
 
 
-for command in (inspect, tune, generate, evaluate, report):
+for command in (inspect, methods, calibrate, tune, generate, evaluate, report):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -40,6 +40,10 @@ def _known_width(bits: object) -> Width:
     return bits
 
 
+AffineWidth = Annotated[Width, PlainValidator(_known_width)]
+"""1.5, 2, 3, 4 or 8."""
+
+
 class Affine(Grouped):
     """Uniform quantization ``x ≈ codes * scale + offset``.
 
@@ -59,7 +63,7 @@ class Affine(Grouped):
     """
 
     kind: Literal["affine"] = "affine"
-    bits: Annotated[Width, PlainValidator(_known_width)]
+    bits: AffineWidth
     symmetric: bool = False
     parameter_dtype: ParameterDtype = "float16"
     clip_ratio: float = Field(default=1.0, gt=0, le=1)

@@ -124,6 +124,23 @@ class CachePlan(BaseModel):
         return plan.with_provenance(Provenance(method="pairs", mode=mode))
 
     @classmethod
+    def from_layers(
+        cls, config: Any, layers: Iterable[LayerPlan], provenance: Provenance | None = None
+    ) -> CachePlan:
+        """Make a plan from one layer plan per layer of the model.
+
+        Args:
+            config: Transformers config, or a ``ModelGeometry``.
+            layers: In order.
+            provenance: How they were chosen.
+
+        Raises:
+            PlanError: If a layer plan does not suit its layer.
+        """
+        model, model_id = _geometry(config), _model_id(config)
+        return cls(model=model, model_id=model_id, layers=tuple(layers), provenance=provenance)
+
+    @classmethod
     def from_kvtuner_yaml(
         cls, path: str | Path, config: Any, *, mode: Mode, **settings: Unpack[Settings]
     ) -> CachePlan:
@@ -165,7 +182,7 @@ class CachePlan(BaseModel):
             )
         except ValidationError as error:
             raise ValueError(loading.one_sentence(error)) from None
-        return cls(model=model, model_id=_model_id(config), layers=layers)
+        return cls.from_layers(config, layers)
 
     def with_provenance(self, provenance: Provenance) -> CachePlan:
         """The same plan with another account of how it was made."""

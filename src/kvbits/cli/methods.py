@@ -1,0 +1,88 @@
+"""``kvbits methods`` and ``kvbits calibrate``: published methods, and plans made by them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvbits.cli.failures import one_line_errors
+from kvbits.cli.options import AsJson, ModelName, Verbose
+
+if TYPE_CHECKING:
+    from kvbits.methods import Method
+
+
+@one_line_errors
+def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """List the methods: where they were published, what they need, what differs."""
+    from kvbits.cli.output import console, table
+    from kvbits.methods import METHODS
+
+    rows = [_facts(method) for method in METHODS.values()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    made = table("method", "source", "calibration", "settings")
+    for column in made.columns:
+        column.justify = "left"
+    for row in rows:
+        settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        made.add_row(row["name"], row["source"], row["calibration"], settings)
+    console().print(made)
+    for row in rows:
+        if row["differs"]:
+            typer.echo(f"{row['name']} differs from its source: {'; '.join(row['differs'])}.")
+
+
+@one_line_errors
+def calibrate(
+    model: ModelName,
+    method: Annotated[str, typer.Option(help="A name that `kvbits methods` lists.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plan.json.")],
+    bits: Annotated[
+        float | None, typer.Option(help="Width of keys and values, if the method has a choice.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the method, such as sink_tokens=4; repeatable."),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make the plan of a model by a published method. Reads the config, no weights."""
+    from kvbits.cli.models import load_config
+    from kvbits.methods import build_method
+
+    config = load_config(model)
+    settings = dict(map(_setting, setting or ()))
+    if bits is not None:
+        width = int(bits) if bits == int(bits) else bits
+        settings = {"key_bits": width, "value_bits": width} | settings
+    plan = build_method(method, **settings).plan(config)
+    path = output / "plan.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plan.save(path)
+    typer.echo(f"{plan.describe()}; written to {path}")
+
+
+def _facts(method: type[Method]) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "source": method.source,
+        "calibration": method.calibration,
+        "differs": list(method.differs),
+        "settings": {name: field.default for name, field in method.model_fields.items()},
+    }
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Read ``name=value``; the value as JSON where it is some, else as text."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ValueError(f"--set must be name=value, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

@@ -1,0 +1,61 @@
+"""What a method is: a published recipe that turns a model into a cache plan."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from kvbits.geometry import LayerGeometry, ModelGeometry
+from kvbits.layer_plan import LayerPlan
+from kvbits.plan import CachePlan
+from kvbits.plan.modes import exact_layer
+from kvbits.plan.provenance import Provenance
+
+
+class Method(BaseModel, ABC):
+    """A recipe with its settings; immutable, and the same for every model.
+
+    Attributes:
+        name: What users call it.
+        source: Where it was published.
+        calibration: What it needs beside the config.
+        differs: What is not as published, one sentence each.
+        exact_layers: Layers at either end of the model that stay exact.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    calibration: ClassVar[str] = "none"
+    differs: ClassVar[tuple[str, ...]] = ()
+
+    exact_layers: int = 0
+
+    @abstractmethod
+    def layer_plan(self, layer: LayerGeometry, config: Any) -> LayerPlan:
+        """How one packable layer is stored.
+
+        Args:
+            layer: The layer.
+            config: The transformers config of the model.
+        """
+
+    def plan(self, config: Any) -> CachePlan:
+        """The plan of a model, by its transformers config; layers that cannot be packed stay.
+
+        Raises:
+            PlanError: If the method does not suit the model's head dimensions.
+            UnsupportedModelError: If the method needs to know what the config does not say.
+        """
+        layers = ModelGeometry.from_config(config).layers
+        ends = {*range(self.exact_layers), *range(len(layers) - self.exact_layers, len(layers))}
+        plans = [
+            self.layer_plan(layer, config)
+            if layer.is_packable and index not in ends
+            else exact_layer()
+            for index, layer in enumerate(layers)
+        ]
+        return CachePlan.from_layers(config, plans, Provenance(method=self.name))

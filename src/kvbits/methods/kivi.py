@@ -1,0 +1,46 @@
+"""KIVI: keys per channel, values per token, the newest tokens exact."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from kvbits.codecs import Affine
+from kvbits.geometry import LayerGeometry
+from kvbits.layer_plan import LayerPlan
+from kvbits.methods.base import Method
+
+
+class Kivi(Method):
+    """Keys share a scale per channel and group of tokens, values per token and group of channels.
+
+    Keys leave the residual in blocks of R tokens, values one by one; ``flush="joint"`` lets both
+    leave together, which kernels need.
+    """
+
+    name: ClassVar = "kivi"
+    source: ClassVar = "arXiv 2402.02750"
+    differs: ClassVar = (
+        "scale and offset are rounded outwards to fp16 before codes are computed",
+        "values whose head has no multiple of the group share one scale a token",
+    )
+
+    key_bits: Literal[2, 3, 4, 8] = 2
+    value_bits: Literal[2, 3, 4, 8] = 2
+    group_size: int = Field(default=32, ge=1)
+    residual_length: int = Field(default=128, ge=0)
+    sink_tokens: int = Field(default=0, ge=0)
+    flush: Literal["independent", "joint"] = "independent"
+
+    def layer_plan(self, layer: LayerGeometry, config: Any) -> LayerPlan:
+        group: int | None = self.group_size
+        if layer.value_head_dim % self.group_size:
+            group = None
+        return LayerPlan.uniform(
+            Affine(bits=self.key_bits, granularity="per_channel", group_size=self.group_size),
+            Affine(bits=self.value_bits, group_size=group),
+            sink_tokens=self.sink_tokens,
+            residual_length=self.residual_length,
+            flush=self.flush,
+        )

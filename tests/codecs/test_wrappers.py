@@ -1,0 +1,175 @@
+"""Codecs that hold another: what each adds, and that it is undone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from kvbits.codecs import (
+    Affine,
+    EncodeContext,
+    Identity,
+    Outliers,
+    PreRope,
+    Rotated,
+    VarianceNormalised,
+)
+from kvbits.codecs.rotation import hadamard
+from kvbits.codecs.variance import tile_scales
+
+
+def states(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(codec, x):
+    context = EncodeContext(torch.arange(x.shape[-2])[None])
+    decoded = codec.decode(codec.encode(x, context), context)
+    return ((decoded - x).square().mean() / x.square().mean()).item()
+
+
+def test_the_rotation_is_the_hadamard_matrix():
+    matrix = torch.ones(1, 1)
+    while len(matrix) < 16:  # Sylvester's construction
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    x = states(3, 16)
+    torch.testing.assert_close(hadamard(x), x @ (matrix / 4))
+    torch.testing.assert_close(hadamard(hadamard(x)), x)
+
+
+def test_a_rotation_spreads_an_outlier_channel():
+    x = states(1, 2, 64, 64)
+    x[..., 5] *= 60
+    plain = relative_error(Affine(bits=4), x)
+    assert relative_error(Rotated(inner=Affine(bits=4)), x) < plain / 2
+    signed = Rotated(inner=Affine(bits=4), sign_seed=3)
+    assert relative_error(signed, x) < plain / 2
+
+
+def test_a_head_that_is_no_power_of_two_cannot_be_rotated():
+    with pytest.raises(ValueError, match=r"must be a power of two to be rotated.*got 96"):
+        Rotated(inner=Affine(bits=4)).check_head_dim(96)
+
+
+def test_scales_of_a_tile_even_its_spreads_out():
+    tile = states(128, 64) * states(128, 1, seed=1).exp() * states(1, 64, seed=2).exp()
+    tokens, channels = tile_scales(tile, rounds=16)
+    even = tile / tokens / channels
+
+    def imbalance(x):
+        spreads = torch.cat((x.std(-1), x.std(-2)))
+        return (spreads.max() / spreads.min()).item()
+
+    assert imbalance(tile) > 20
+    assert imbalance(even) < imbalance(tile) / 10
+
+
+def test_a_tile_that_is_even_is_left_alone():
+    sign = 1 - 2 * (torch.arange(64)[:, None] + torch.arange(32)).remainder(2)
+    tokens, channels = tile_scales(sign.float(), rounds=8)
+    torch.testing.assert_close(tokens, torch.ones_like(tokens), rtol=0.02, atol=0)
+    torch.testing.assert_close(channels, torch.ones_like(channels), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_normalised_tiles_are_better_where_norms_of_tokens_differ(bits):
+    x = states(1, 2, 256, 128) * (0.8 * states(1, 2, 256, 1, seed=1)).exp()
+    x[..., (3, 40, 77)] += torch.tensor([5.0, -7.0, 9.0])
+    channel = Affine(bits=bits, granularity="per_channel", group_size=128)
+    kvarn = Rotated(inner=VarianceNormalised(inner=channel, scaled="token"))
+    errors = [relative_error(codec, x) for codec in (Affine(bits=bits), channel, kvarn)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.8 * errors[1]
+
+
+def test_a_tile_holds_whole_inner_blocks():
+    inner = Affine(bits=2, granularity="per_channel", group_size=48)
+    with pytest.raises(ValueError, match="tile_tokens must be a multiple of the inner block, 48"):
+        VarianceNormalised(inner=inner, scaled="token").check_head_dim(64)
+
+
+def test_stored_bits_of_a_tile_are_those_of_the_paper():
+    """K2V2 at D = G = 128: 2.375 bits, with three numbers per 128 values on either side."""
+    key = VarianceNormalised(
+        inner=Affine(bits=2, granularity="per_channel", group_size=128), scaled="token"
+    )
+    value = VarianceNormalised(inner=Affine(bits=2), scaled="channel")
+    assert key.stored_bits(128) == value.stored_bits(128) == 2.375
+
+
+@pytest.mark.parametrize("by", ["token", "channel"])
+def test_outliers_come_back_in_half_precision(by):
+    x = states(2, 3, 64, 32)
+    x[..., 7] += 30  # a channel far from zero is no outlier of its own range
+    x[0, 0, 5, 9], x[1, 2, 40, 3] = 50.0, -40.0
+    inner = Affine(bits=2, granularity="per_channel", group_size=32)
+    codec = Outliers(inner=inner if by == "channel" else Affine(bits=2), slots=4, by=by)
+    encoded = codec.encode(x)
+    decoded = codec.decode(encoded)
+    assert decoded[0, 0, 5, 9] == 50
+    assert decoded[1, 2, 40, 3] == -40
+    channel = encoded.parameters["outlier_channel"].squeeze(-2).long()
+    assert (channel.diff() > 0).all()  # four of them, in order
+    kept = x.gather(-1, channel).half().float()
+    assert torch.equal(decoded.gather(-1, channel), kept)
+    share = (channel == 7).any(-1).float().mean()
+    assert share == (1 if by == "token" else pytest.approx(4 / 32, abs=0.1))
+
+
+def test_a_token_parts_with_its_extremes():
+    x = torch.arange(16.0)[None, None, None].flip(-1)
+    parameters = Outliers(inner=Affine(bits=4), slots=4).encode(x).parameters
+    assert parameters["outlier_channel"].flatten().tolist() == [0, 1, 14, 15]
+    assert parameters["outlier_value"].flatten().tolist() == [15, 14, 1, 0]
+
+
+def test_stored_bits_of_outliers_are_24_a_slot():
+    assert Outliers(inner=Affine(bits=3), slots=2).stored_bits(128) == 3 + 32 / 128 + 48 / 128
+
+
+def test_keys_are_turned_back_by_their_position():
+    frequencies = (1.0, 0.1)
+    codec = PreRope(inner=Affine(bits=8), frequencies=frequencies)
+    plain, position = states(1, 1, 6, 5), torch.tensor([[0, 1, 5, 100, 1000, 31]])
+    angle = position[0, :, None] * torch.tensor(frequencies, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angle), angle)  # a pair as a complex number
+    pairs = torch.complex(plain[0, 0, :, :2].double(), plain[0, 0, :, 2:4].double()) * turn
+    turned = torch.cat((pairs.real, pairs.imag, plain[0, 0, :, 4:].double()), -1).float()
+    context = EncodeContext(position)
+    torch.testing.assert_close(codec.apply(turned[None, None], context), plain)
+    torch.testing.assert_close(codec.undo(plain, context), turned[None, None])
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda: Rotated(inner=Identity()), "inner must not be exact"),
+        (
+            lambda: Outliers(inner=Outliers(inner=Affine(bits=2), slots=2), slots=2),
+            "inner must not store 'outlier_channel' too",
+        ),
+        (lambda: Outliers(inner=Affine(bits=2), slots=3), "slots"),
+        (lambda: PreRope(inner=Affine(bits=2), frequencies=()), "frequencies"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(make, rule):
+    with pytest.raises(ValidationError, match=rule):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("codec", "head_dim", "rule"),
+    [
+        (Outliers(inner=Affine(bits=2), slots=8), 8, "head_dim must be above slots=8"),
+        (Outliers(inner=Affine(bits=2), slots=8), 512, "at most 256, got 512"),
+        (
+            PreRope(inner=Affine(bits=2), frequencies=(1.0,) * 9),
+            16,
+            "must be at least 18",
+        ),
+    ],
+)
+def test_head_dims_that_do_not_fit_are_refused(codec, head_dim, rule):
+    with pytest.raises(ValueError, match=rule):
+        codec.check_head_dim(head_dim)
