@@ -23,11 +23,11 @@ def test_every_value_takes_the_level_that_is_nearest(granularity):
     codec = Codebook(levels=normal_float(3), granularity=granularity, group_size=8)
     x = states(2, 3, 16, 24)
     encoded = codec.encode(x)
-    grouped = codec._grouped(x)
+    grouped = codec.grouped(x)
     scale, offset = encoded.parameters["affine"].float().split(1, -1)
     levels = torch.tensor(codec.levels) * scale[..., None] + offset[..., None]
     nearest = (levels - grouped[..., None]).abs().amin(-1)
-    error = (codec._grouped(codec.decode(encoded)) - grouped).abs()
+    error = (codec.grouped(codec.decode(encoded)) - grouped).abs()
     assert (error <= nearest + 1e-5 * scale).all()
 
 

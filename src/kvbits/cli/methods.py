@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli.failures import one_line_errors
-from kvbits.cli.options import AsJson, ModelName, Verbose
+from kvbits.cli.options import AsJson, DeviceName, Dtype, DtypeName, ModelName, Seed, Verbose
 
 if TYPE_CHECKING:
     from kvbits.methods import Method
+    from kvbits.plan import CachePlan
 
 
 @one_line_errors
@@ -49,22 +50,62 @@ def calibrate(
         list[str] | None,
         typer.Option("--set", help="A setting of the method, such as sink_tokens=4; repeatable."),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Calibration text of your own; default: bundled text and tasks."),
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Documents to use at most; default: all.")
+    ] = None,
+    seed: Seed = 0,
+    device: DeviceName = "auto",
+    dtype: DtypeName = Dtype.AUTO,
     verbose: Verbose = False,
 ) -> None:
-    """Make the plan of a model by a published method. Reads the config, no weights."""
+    """Make the plan of a model by a published method. Loads weights only if the method has to."""
     from kvbits.cli.models import load_config
     from kvbits.methods import build_method
 
-    config = load_config(model)
     settings = dict(map(_setting, setting or ()))
     if bits is not None:
         width = int(bits) if bits == int(bits) else bits
         settings = {"key_bits": width, "value_bits": width} | settings
-    plan = build_method(method, **settings).plan(config)
+    built = build_method(method, **settings)
+    if built.needs_data:
+        plan = _calibrated(built, model, text, documents, seed, device, dtype.value)
+    else:
+        plan = built.plan(load_config(model))
     path = output / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     plan.save(path)
     typer.echo(f"{plan.describe()}; written to {path}")
+
+
+def _calibrated(
+    method: Method,
+    model: str,
+    text: Path | None,
+    most: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> CachePlan:
+    from kvbits.cli.models import load_model
+    from kvbits.cli.output import progress_bars
+    from kvbits.evaluation.corpora import default_sets
+    from kvbits.evaluation.token_set import dataset
+
+    loaded = load_model(model, device, dtype)
+    sets = default_sets(loaded.tokenizer, "calibration", seed=seed, text=text)
+    documents = [document for each in sets for document in each.documents][:most]
+    with progress_bars() as bars:
+        task = bars.add_task(f"calibrating {method.name}", total=len(documents))
+        plan = method.calibrate(loaded.model, documents, lambda: bars.advance(task))
+    assert plan.provenance is not None
+    used = tuple(dataset(each) for each in sets)
+    return plan.with_provenance(
+        plan.provenance.model_copy(update={"datasets": used, "seed": seed})
+    )
 
 
 def _facts(method: type[Method]) -> dict[str, Any]:

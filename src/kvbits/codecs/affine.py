@@ -99,7 +99,7 @@ class Affine(Grouped):
         super().check_head_dim(head_dim)
 
     def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
-        grouped = self._grouped(states.float())
+        grouped = self.grouped(states.float())
         low, high = grouped.aminmax(dim=-1, keepdim=True)
         if self.clip_ratio != 1:
             low, high = low * self.clip_ratio, high * self.clip_ratio
@@ -121,7 +121,7 @@ class Affine(Grouped):
         dtype = PARAMETER_DTYPES[self.parameter_dtype]
         # [B, H_kv, N, rows, components]
         parameters = restored(encoded.parameters["affine"], dtype)
-        codes = self._grouped(encoded.codes).float()
+        codes = self.grouped(encoded.codes).float()
         scale = parameters[..., :1]
         offset = parameters[..., 1:]
         if self.symmetric:

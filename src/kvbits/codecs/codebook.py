@@ -61,7 +61,9 @@ class Table(Codec):
 class Codebook(Table, Grouped):
     """Levels over the range of a group: ``x ≈ levels[code] * scale + offset``.
 
-    The levels span [-1, 1]; ``scale`` is half the range of the group and ``offset`` its middle.
+    The levels lie in [-1, 1]; ``scale`` is half the range of a group and ``offset`` its middle.
+    ``decoded_levels`` stand for the levels where states are decoded: KVQuant's Q-Norm moves them
+    so that decoded states have the mean and spread of exact ones.
 
     Source: KVQuant (arXiv 2401.18079) section 3.3 (nuq).
     Differs from the paper: the range of a group of keys is its own, not a calibrated one; scale
@@ -69,11 +71,17 @@ class Codebook(Table, Grouped):
     """
 
     kind: Literal["codebook"] = "codebook"
+    decoded_levels: Levels | None = None
 
     @model_validator(mode="after")
     def _check_span(self) -> Codebook:
         if self.levels[0] < -1 or self.levels[-1] > 1:
             raise ValueError(f"levels must lie in [-1, 1], got {self.levels}")
+        if self.decoded_levels is not None and len(self.decoded_levels) != len(self.levels):
+            raise ValueError(
+                f"decoded_levels must number {len(self.levels)}, as levels do, "
+                f"got {len(self.decoded_levels)}"
+            )
         return self
 
     @property
@@ -87,18 +95,24 @@ class Codebook(Table, Grouped):
         Table.check_head_dim(self, head_dim)
         Grouped.check_head_dim(self, head_dim)
 
-    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
-        grouped = self._grouped(states.float())
+    def normalised(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values in [-1, 1] by group ``[B, H_kv, N, rows, values]``, their scale and offset."""
+        grouped = self.grouped(states.float())
         low, high = grouped.aminmax(dim=-1, keepdim=True)
         offset = ((low + high) / 2).to(FP16).float()
         scale = round_up(torch.maximum(high - offset, offset - low), FP16)
-        codes = self.nearest((grouped - offset) / torch.where(scale == 0, 1.0, scale))
+        return (grouped - offset) / torch.where(scale == 0, 1.0, scale), scale, offset
+
+    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
+        values, scale, offset = self.normalised(states)
         parameters = torch.cat((scale, offset), -1).to(FP16)
-        return Encoded(self._ungrouped(codes, states.shape[-2]), {"affine": parameters})
+        codes = self._ungrouped(self.nearest(values), states.shape[-2])
+        return Encoded(codes, {"affine": parameters})
 
     def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
         scale, offset = encoded.parameters["affine"].float().split(1, -1)
-        values = self.table(encoded.codes.device)[self._grouped(encoded.codes).int()]
+        table = torch.tensor(self.decoded_levels or self.levels, device=encoded.codes.device)
+        values = table[self.grouped(encoded.codes).int()]
         return self._ungrouped(values * scale + offset, encoded.codes.shape[-2])
 
 

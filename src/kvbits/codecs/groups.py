@@ -57,7 +57,7 @@ class Grouped(Codec):
     def _channels_per_group(self, head_dim: int) -> int:
         return self.group_size or head_dim
 
-    def _grouped(self, x: Tensor) -> Tensor:
+    def grouped(self, x: Tensor) -> Tensor:
         """Bring each group to the last axis: ``[B, H_kv, N, rows, values of the group]``."""
         if self.granularity == "per_token":
             return x.unflatten(-1, (-1, self._channels_per_group(x.shape[-1])))

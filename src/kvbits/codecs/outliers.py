@@ -51,14 +51,18 @@ class Outliers(Wrapper):
             )
         super().check_head_dim(head_dim)
 
-    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
+    def parted(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is left to the inner codec, and channels and values ``[B, H_kv, T, slots]``."""
         x = states.float()
         score, middle = self._score(x)
         half = self.slots // 2
         order = score.sort(dim=-1, stable=True).indices
         channel = torch.cat((order[..., :half], order[..., -half:]), -1).sort(-1).values
-        value = x.gather(-1, channel)
         rest = x.scatter(-1, channel, middle.expand_as(x).gather(-1, channel))
+        return rest, channel, x.gather(-1, channel)
+
+    def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
+        rest, channel, value = self.parted(states)
         encoded = self.inner.encode(rest, context)
         own = {
             "outlier_channel": channel.to(torch.uint8)[..., None, :],

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvbits.plan.provenance import Dataset
+
 
 class Segment(NamedTuple):
     """A piece of a document: its tokens, and whether predicting them counts."""
@@ -43,6 +45,12 @@ class TokenSet(NamedTuple):
     def num_documents(self) -> int:
         """Number of documents."""
         return self.input_ids.shape[0]
+
+    @property
+    def documents(self) -> list[torch.Tensor]:
+        """Token ids of every document ``[T]``, up to the last that counts: without padding."""
+        last = (self.counted * torch.arange(self.counted.shape[1])).amax(1)
+        return [ids[: stop + 1] for ids, stop in zip(self.input_ids, last.tolist(), strict=True)]
 
     @property
     def num_tokens(self) -> int:
@@ -104,3 +112,15 @@ def padded_set(
         counted[index, : len(row)] = torch.tensor(flags)
     counted[:, 0] = False
     return TokenSet(name, domain, split, ids, counted)
+
+
+def dataset(token_set: TokenSet) -> Dataset:
+    """Describe a token set for a plan file."""
+    return Dataset(
+        name=token_set.name,
+        checksum=token_set.checksum,
+        split=token_set.split,
+        domain=token_set.domain,
+        num_documents=token_set.num_documents,
+        num_tokens=token_set.num_tokens,
+    )

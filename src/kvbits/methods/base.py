@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from kvbits.geometry import LayerGeometry, ModelGeometry
 from kvbits.layer_plan import LayerPlan
 from kvbits.plan import CachePlan
 from kvbits.plan.modes import exact_layer
 from kvbits.plan.provenance import Provenance
+
+Progress = Callable[[], None]
 
 
 class Method(BaseModel, ABC):
@@ -34,6 +38,11 @@ class Method(BaseModel, ABC):
 
     exact_layers: int = 0
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether ``calibrate`` needs the model's weights and text, under these settings."""
+        return False
+
     @abstractmethod
     def layer_plan(self, layer: LayerGeometry, config: Any) -> LayerPlan:
         """How one packable layer is stored.
@@ -43,8 +52,24 @@ class Method(BaseModel, ABC):
             config: The transformers config of the model.
         """
 
+    def calibrate(
+        self, model: Any, documents: Sequence[Tensor], progress: Progress | None = None
+    ) -> CachePlan:
+        """The plan of a model, fitted to what it does on some documents if the method does that.
+
+        Args:
+            model: A causal language model of transformers.
+            documents: Token ids ``[T]`` each.
+            progress: Called after every document.
+
+        Raises:
+            CalibrationError: If there is too little text, or states are not finite.
+            PlanError: If the method does not suit the model's head dimensions.
+        """
+        return self.plan(model.config)
+
     def plan(self, config: Any) -> CachePlan:
-        """The plan of a model, by its transformers config; layers that cannot be packed stay.
+        """The plan of a model by its config alone; layers that cannot be packed stay.
 
         Raises:
             PlanError: If the method does not suit the model's head dimensions.

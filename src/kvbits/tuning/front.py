@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvbits.evaluation.corpora import TokenSet
-from kvbits.plan import CachePlan, Dataset, Metric, Provenance
+from kvbits.evaluation.token_set import TokenSet, dataset
+from kvbits.plan import CachePlan, Metric, Provenance
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.rivals import Entry
 from kvbits.tuning.sensitivity import Meter, rounded
@@ -153,18 +153,6 @@ def plan_with_account(
     )
     metrics = [*_kl_metrics(findings, pairs), *_task_metrics(findings, pairs)]
     return findings.meter.plan(pairs).with_provenance(provenance).with_metrics(metrics)
-
-
-def dataset(token_set: TokenSet) -> Dataset:
-    """Describe a token set for a plan file."""
-    return Dataset(
-        name=token_set.name,
-        checksum=token_set.checksum,
-        split=token_set.split,
-        domain=token_set.domain,
-        num_documents=token_set.num_documents,
-        num_tokens=token_set.num_tokens,
-    )
 
 
 def _kl_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:

@@ -1,0 +1,116 @@
+"""States of a model on a few documents, and how much its loss depends on each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvbits.errors import CalibrationError
+from kvbits.layer_plan import SIDES, Side
+
+
+class Observation(NamedTuple):
+    """One side of one layer over one document, as it enters the cache.
+
+    Attributes:
+        states: ``[1, H_kv, T, D]``.
+        gradients: Of the mean cross-entropy with respect to the states, like them; None if they
+            were not asked for.
+    """
+
+    states: Tensor
+    gradients: Tensor | None
+
+
+Observations = dict[tuple[int, Side], Observation]
+
+
+def observe(
+    model: Any, documents: Sequence[Tensor], *, with_gradients: bool
+) -> Iterator[Observations]:
+    """Run the model over documents one by one, and hand out the states of every layer and side.
+
+    Gradients are taken with respect to states alone, not to weights, and nothing is kept from one
+    document to the next.
+
+    Args:
+        model: A causal language model of transformers.
+        documents: Token ids ``[T]`` each.
+        with_gradients: Whether to run the model backwards too.
+
+    Raises:
+        CalibrationError: If there is no document of two tokens, or states are not finite.
+    """
+    usable = [document for document in documents if len(document) > 1]
+    if not usable:
+        raise CalibrationError("documents must hold one of at least 2 tokens, got none")
+    with _frozen(model):
+        for document in usable:
+            ids = document.to(model.device)[None]
+            tap = _Tap(with_gradients)
+            with torch.set_grad_enabled(with_gradients):
+                logits = model(ids, past_key_values=tap, use_cache=True).logits
+            if with_gradients:
+                loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+                tap.differentiate(loss)
+            yield tap.observations()
+
+
+class _Tap(DynamicCache):  # type: ignore[misc]
+    """A cache that keeps what passes through it, with a zero added that gradients arrive at."""
+
+    def __init__(self, with_gradients: bool) -> None:
+        super().__init__()
+        self._with_gradients = with_gradients
+        self._states: dict[tuple[int, Side], Tensor] = {}
+        self._zeros: dict[tuple[int, Side], Tensor] = {}
+        self._gradients: dict[tuple[int, Side], Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        passed = []
+        for side, states in zip(SIDES, (key_states, value_states), strict=True):
+            self._states[layer_idx, side] = states.detach()
+            if self._with_gradients:
+                zero = torch.zeros_like(states, requires_grad=True)
+                self._zeros[layer_idx, side] = zero
+                states = states + zero
+            passed.append(states)
+        return passed[0], passed[1]
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Find the gradient of ``loss`` with respect to all states."""
+        found = torch.autograd.grad(loss, list(self._zeros.values()))
+        self._gradients = dict(zip(self._zeros, found, strict=True))
+
+    def observations(self) -> Observations:
+        """What was seen."""
+        for (layer_idx, side), states in self._states.items():
+            if not states.isfinite().all():
+                raise CalibrationError(
+                    f"{side}_states must be finite, got NaN or infinity in layer {layer_idx}; "
+                    "check the model's weights and dtype"
+                )
+        return {
+            name: Observation(states, self._gradients.get(name))
+            for name, states in self._states.items()
+        }
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Keep the weights out of the graph."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,67 @@
+"""States and gradients of a model, against autograd on the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvbits.calibration.capture import observe
+from kvbits.errors import CalibrationError
+from kvbits.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("qwen2").eval()
+
+
+def document(num_tokens=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, 90, (num_tokens,), generator=generator)
+
+
+def test_states_are_what_enters_the_cache(model):
+    (seen,) = observe(model, [document()], with_gradients=False)
+    cache = model(document()[None]).past_key_values
+    assert len(seen) == 2 * len(cache.layers)
+    for index, layer in enumerate(cache.layers):
+        torch.testing.assert_close(seen[index, "key"].states, layer.keys)
+        torch.testing.assert_close(seen[index, "value"].states, layer.values)
+        assert seen[index, "key"].gradients is None
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_gradient_says_how_the_loss_moves(model, layer):
+    """By the bias of the value projection: its gradient is the sum of those of all values."""
+    (seen,) = observe(model, [document()], with_gradients=True)
+    bias = model.model.layers[layer].self_attn.v_proj.bias
+    ids = document()[None]
+    loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    (expected,) = torch.autograd.grad(loss, [bias])
+    found = seen[layer, "value"].gradients.sum((0, 2)).flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was(model):
+    list(observe(model, [document()], with_gradients=True))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_documents_come_one_by_one(model):
+    documents = [document(10, seed=1), document(1), document(15, seed=2)]
+    lengths = [
+        seen[0, "key"].states.shape[2] for seen in observe(model, documents, with_gradients=False)
+    ]
+    assert lengths == [10, 15]  # one token predicts nothing
+
+
+def test_too_little_text_is_refused(model):
+    with pytest.raises(CalibrationError, match="documents must hold one of at least 2 tokens"):
+        next(observe(model, [document(1)], with_gradients=True))
+
+
+def test_states_that_are_not_finite_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[2].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"key_states must be finite.*layer 2"):
+        next(observe(model, [document()], with_gradients=False))
