@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kvbits import CachePlan
 from kvbits.codecs import Affine, Identity, Outliers, PreRope
 from kvbits.errors import PlanError, UnsupportedModelError
 from kvbits.methods import METHODS, build_method
+from kvbits.methods.listing import markdown_table
 from kvbits.testing import tiny_model
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -36,6 +38,11 @@ def test_a_method_is_documented(name):
     assert method.name == name
     assert method.source
     assert inspect.getdoc(method)
+
+
+def test_the_table_of_the_readme_is_that_of_the_classes():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert markdown_table() in readme
 
 
 @every_method

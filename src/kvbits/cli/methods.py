@@ -21,17 +21,18 @@ def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
     """List the methods: where they were published, what they need, what differs."""
     from kvbits.cli.output import console, table
     from kvbits.methods import METHODS
+    from kvbits.methods.listing import facts
 
-    rows = [_facts(method) for method in METHODS.values()]
+    rows = [facts(method) for method in METHODS.values()]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    made = table("method", "source", "calibration", "settings")
+    made = table("method", "source", "bits", "calibration", "settings")
     for column in made.columns:
         column.justify = "left"
     for row in rows:
         settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-        made.add_row(row["name"], row["source"], row["calibration"], settings)
+        made.add_row(row["name"], row["source"], row["bits"], row["calibration"], settings)
     console().print(made)
     for row in rows:
         if row["differs"]:
@@ -106,16 +107,6 @@ def _calibrated(
     return plan.with_provenance(
         plan.provenance.model_copy(update={"datasets": used, "seed": seed})
     )
-
-
-def _facts(method: type[Method]) -> dict[str, Any]:
-    return {
-        "name": method.name,
-        "source": method.source,
-        "calibration": method.calibration,
-        "differs": list(method.differs),
-        "settings": {name: field.default for name, field in method.model_fields.items()},
-    }
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -26,6 +26,7 @@ class Method(BaseModel, ABC):
         source: Where it was published.
         calibration: What it needs beside the config.
         differs: What is not as published, one sentence each.
+        widths: Bits of a code, where no field lists them.
         exact_layers: Layers at either end of the model that stay exact.
     """
 
@@ -35,6 +36,7 @@ class Method(BaseModel, ABC):
     source: ClassVar[str]
     calibration: ClassVar[str] = "none"
     differs: ClassVar[tuple[str, ...]] = ()
+    widths: ClassVar[str] = ""
 
     exact_layers: int = 0
 

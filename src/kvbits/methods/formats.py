@@ -26,6 +26,7 @@ class Int8(Format):
 
     name: ClassVar = "int8"
     source: ClassVar = "vLLM, LMDeploy: int8 per token and head"
+    widths: ClassVar = "8"
 
     def codec(self) -> AnyCodec:
         return Affine(bits=8, symmetric=True)
@@ -36,6 +37,7 @@ class Fp8(Format):
 
     name: ClassVar = "fp8"
     source: ClassVar = "OCP 8-bit floating point; the fp8 cache of vLLM and TensorRT-LLM"
+    widths: ClassVar = "8"
 
     scale: float = 1.0
 
@@ -48,6 +50,7 @@ class NvFp4(Format):
 
     name: ClassVar = "nvfp4"
     source: ClassVar = "NVIDIA NVFP4"
+    widths: ClassVar = "4"
 
     scale: float = 1.0
 
@@ -60,6 +63,7 @@ class MxFp4(Format):
 
     name: ClassVar = "mxfp4"
     source: ClassVar = "OCP microscaling formats, arXiv 2310.10537"
+    widths: ClassVar = "4"
 
     def codec(self) -> AnyCodec:
         return Float4(format="mxfp4")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,15 @@ from kvbits.methods.base import Method, Progress
 from kvbits.methods.rotary import frequencies
 from kvbits.plan import CachePlan
 
-NORMAL = "normal_float"
+
+def _uniform(bits: int) -> tuple[float, ...]:
+    return tuple(2 * level / (2**bits - 1) - 1 for level in range(2**bits))
+
+
+TABLES: dict[str, Callable[[int], tuple[float, ...]]] = {
+    "normal_float": normal_float,
+    "uniform": _uniform,
+}
 
 
 class KVQuant(Method):
@@ -29,7 +37,7 @@ class KVQuant(Method):
     ``levels``: ``fisher`` fits them to normalised states, weighted by squared gradient and squared
     scale, so that what is made small is the loss; ``fisher_unscaled`` leaves the scale out, as the
     released code does; ``activations`` counts all states alike and needs no gradients;
-    ``normal_float`` needs no data at all.
+    ``normal_float`` and ``uniform`` need no data at all.
 
     ``q_norm`` moves the decoded levels so that their mean and spread are those of the states.
     """
@@ -45,7 +53,9 @@ class KVQuant(Method):
 
     key_bits: Literal[2, 3, 4] = 3
     value_bits: Literal[2, 3, 4] = 3
-    levels: Literal["fisher", "fisher_unscaled", "activations", "normal_float"] = "fisher"
+    levels: Literal["fisher", "fisher_unscaled", "activations", "normal_float", "uniform"] = (
+        "fisher"
+    )
     block_tokens: int = Field(default=128, ge=1)
     outlier_share: float = Field(default=0.01, ge=0, lt=0.5)
     sink_tokens: int = Field(default=1, ge=0)
@@ -54,10 +64,11 @@ class KVQuant(Method):
 
     @property
     def needs_data(self) -> bool:
-        return self.levels != NORMAL
+        return self.levels not in TABLES
 
     def layer_plan(self, layer: LayerGeometry, config: Any) -> LayerPlan:
-        tables = [Codebook(levels=normal_float(bits)) for bits in (self.key_bits, self.value_bits)]
+        table = TABLES.get(self.levels, normal_float)  # until others are fitted
+        tables = [Codebook(levels=table(bits)) for bits in (self.key_bits, self.value_bits)]
         return self._layer_plan(layer, config, *tables)
 
     def calibrate(

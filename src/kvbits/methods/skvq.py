@@ -19,6 +19,7 @@ class Skvq(Method):
 
     name: ClassVar = "skvq"
     source: ClassVar = "arXiv 2405.06219"
+    widths: ClassVar = "1.5, 2, 3, 4, 8"
     differs: ClassVar = (
         "channels are not reordered, which takes calibration",
         "one clip ratio for all groups",
