@@ -20,6 +20,7 @@ from kvbits.codecs import (
     NormScaled,
     Outliers,
     PreRope,
+    Promoted,
     Rotated,
     VarianceNormalised,
 )
@@ -71,6 +72,9 @@ PLANS = {
         Rotated(inner=VarianceNormalised(inner=channel(2, 32), scaled="token", tile_tokens=64)),
         VarianceNormalised(inner=Affine(bits=2), scaled="channel", tile_tokens=32),
         sink_tokens=2,
+    ),
+    "promoted": LayerPlan.uniform(
+        Promoted(group_size=32, num_promoted=4), Affine(bits=2), residual_length=40
     ),
     "outliers": LayerPlan.uniform(
         Outliers(inner=channel(3, 32), slots=2, by="channel"),

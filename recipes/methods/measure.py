@@ -48,12 +48,15 @@ class Subject(NamedTuple):
 def subjects() -> Iterator[Subject]:
     """Every method at every width it has; where there is no width, as it is."""
     for name, method in METHODS.items():
+        if name == "kvtuner":  # its plans are for models of their own
+            continue
         if "key_bits" not in method.model_fields:
             yield Subject(name, {})
             continue
         for bits in WIDTHS:
             yield Subject(name, {"key_bits": bits, "value_bits": bits})
     yield Subject("skvq", {"key_bits": 2, "value_bits": 1.5})
+    yield Subject("kivi", {"promoted_share": 0.125, "sink_tokens": 32})  # Kitty
 
 
 def run(arguments: argparse.Namespace, wanted: list[Subject]) -> None:

@@ -12,6 +12,7 @@ from kvbits.codecs.codebook import Codebook, NormScaled
 from kvbits.codecs.floating import Float4, Float8
 from kvbits.codecs.identity import Identity
 from kvbits.codecs.outliers import Outliers
+from kvbits.codecs.promoted import Promoted
 from kvbits.codecs.rope import PreRope
 from kvbits.codecs.rotation import Rotated
 from kvbits.codecs.variance import VarianceNormalised
@@ -25,6 +26,7 @@ AnyCodec = Annotated[
     | NormScaled
     | Outliers
     | PreRope
+    | Promoted
     | Rotated
     | VarianceNormalised,
     Field(discriminator="kind"),
@@ -48,6 +50,7 @@ __all__ = [
     "Outliers",
     "ParameterSpec",
     "PreRope",
+    "Promoted",
     "Rotated",
     "VarianceNormalised",
 ]

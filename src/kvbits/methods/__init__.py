@@ -11,6 +11,7 @@ from kvbits.methods.formats import Fp8, Int8, MxFp4, NvFp4
 from kvbits.methods.kivi import Kivi
 from kvbits.methods.kvarn import KVarN
 from kvbits.methods.kvquant import KVQuant
+from kvbits.methods.kvtuner import KVTuner
 from kvbits.methods.per_token import Hadamard, PerToken
 from kvbits.methods.skvq import Skvq
 from kvbits.methods.turboquant import TurboQuant
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
         Fp8,
         NvFp4,
         MxFp4,
+        KVTuner,
     )
 }
 """Every method, by name."""

@@ -18,7 +18,10 @@ def facts(method: type[Method]) -> dict[str, Any]:
         "bits": _widths(method),
         "calibration": method.calibration,
         "differs": list(method.differs),
-        "settings": {name: field.default for name, field in method.model_fields.items()},
+        "settings": {
+            name: "..." if field.is_required() else field.default
+            for name, field in method.model_fields.items()
+        },
     }
 
 
