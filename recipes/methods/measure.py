@@ -28,7 +28,6 @@ from kvbits.evaluation.tasks import TASKS
 from kvbits.evaluation.texts import bundled_texts
 from kvbits.methods import METHODS, build_method
 
-CONTEXT = 600  # the longest held-out text
 WIDTHS = (2, 3, 4)
 
 
@@ -69,7 +68,15 @@ def run(arguments: argparse.Namespace, wanted: list[Subject]) -> None:
         document for each in default_sets(tokenizer, "calibration") for document in each.documents
     ]
     _, *tasks = default_sets(tokenizer, "heldout")
-    text = text_set(tokenizer, bundled_texts("heldout"), max_tokens=CONTEXT)
+    text = text_set(
+        tokenizer,
+        None if arguments.text else bundled_texts("heldout"),
+        path=arguments.text,
+        name=arguments.text.stem if arguments.text else "bundled",
+        documents=arguments.documents,
+        max_tokens=arguments.tokens,
+    )
+    context = int(text.input_ids.shape[1])
     done = held(arguments.out)
     for subject in track([each for each in wanted if each.name not in done], "measuring"):
         method = build_method(subject.method, **subject.settings)
@@ -80,7 +87,9 @@ def run(arguments: argparse.Namespace, wanted: list[Subject]) -> None:
             "settings": subject.settings,
             "model": Path(arguments.model).name,
             "effective_bits": round(plan.effective_bits, 4),
-            f"effective_bits_at_{CONTEXT}": round(plan.effective_bits_at(CONTEXT), 4),
+            "context": context,
+            "effective_bits_at_context": round(plan.effective_bits_at(context), 4),
+            "texts": {each.name: each.checksum for each in (text, *tasks)},
             "versions": {**library_versions(), "kvbits": kvbits.__version__},
         }
         for token_set in (text, *tasks):
@@ -126,6 +135,9 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="models/kvbits-tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--text", type=Path, help="held-out text; default: the bundled one")
+    parser.add_argument("--documents", type=int, help="windows of text; default: all")
+    parser.add_argument("--tokens", type=int, default=600, help="tokens of a window")
     parser.add_argument("--problems", type=int, default=0, help="arithmetic problems to solve")
     return parser
 

@@ -141,6 +141,11 @@ def test_keys_are_turned_back_by_their_position():
     torch.testing.assert_close(codec.undo(plain, context), turned[None, None])
 
 
+def test_a_message_names_kinds_alone():
+    codec = Rotated(inner=Outliers(inner=Affine(bits=4), slots=2))
+    assert codec.summary == "rotated(outliers(affine))"
+
+
 @pytest.mark.parametrize(
     ("make", "rule"),
     [

@@ -70,6 +70,11 @@ class Codec(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     @property
+    def summary(self) -> str:
+        """The codec in a message."""
+        return repr(self)
+
+    @property
     @abstractmethod
     def block_tokens(self) -> int:
         """Tokens that must be encoded together: 1 per token, G per channel."""

@@ -22,6 +22,7 @@ class Wrapper(Codec):
         ValueError: If the inner codec is exact, or both store a parameter of one name.
     """
 
+    kind: str
     inner: AnyCodec
 
     @model_validator(mode="after")
@@ -37,6 +38,12 @@ class Wrapper(Codec):
     def own_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
         """Parameters stored beside those of the inner codec."""
         return ()
+
+    @property
+    def summary(self) -> str:
+        """Kinds alone: ``rotated(norm_scaled)``."""
+        inner = self.inner.summary if isinstance(self.inner, Wrapper) else self.inner.kind
+        return f"{self.kind}({inner})"
 
     @property
     def bits(self) -> Width:

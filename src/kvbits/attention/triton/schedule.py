@@ -161,7 +161,8 @@ def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
     shape = side_shape(codec, head_dim)
     if shape is None:
         return (
-            f"{side} codec must be affine with float16 scale and offset, or exact, got {codec!r}"
+            f"{side} codec must be affine with float16 scale and offset, or exact, "
+            f"got {codec.summary}"
         )
     if head_dim not in HEAD_DIMS:
         return f"head_dim must be one of {HEAD_DIMS}, got {head_dim}"
