@@ -89,6 +89,24 @@ PLANS = {
         Affine(bits=3),
         sink_tokens=3,
     ),
+    "wrapped-groups": LayerPlan(
+        groups=(
+            HeadGroup(
+                heads=(1, 2),
+                key=PreRope(inner=Affine(bits=4), frequencies=(1.0, 0.3)),
+                value=Outliers(inner=Affine(bits=2), slots=2),
+            ),
+            HeadGroup(
+                heads=(0,),
+                key=Rotated(inner=NormScaled(levels=lloyd_max(2))),
+                value=VarianceNormalised(
+                    inner=Outliers(inner=Affine(bits=3), slots=2), scaled="channel", tile_tokens=32
+                ),
+            ),
+        ),
+        residual_length=5,
+        sink_tokens=2,
+    ),
     "key-exact": LayerPlan.uniform(Identity(), Affine(bits=4), residual_length=10),
     "value-exact": LayerPlan.uniform(channel(2, 32), Identity(), sink_tokens=2),
     "float32-scales": LayerPlan.uniform(

@@ -36,7 +36,8 @@ def test_a_gradient_says_how_the_loss_moves(model, layer):
     (seen,) = observe(model, [document()], with_gradients=True)
     bias = model.model.layers[layer].self_attn.v_proj.bias
     ids = document()[None]
-    loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    logits = model(ids).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
     (expected,) = torch.autograd.grad(loss, [bias])
     found = seen[layer, "value"].gradients.sum((0, 2)).flatten()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -45,6 +46,16 @@ def test_a_gradient_says_how_the_loss_moves(model, layer):
 def test_the_model_is_left_as_it_was(model):
     list(observe(model, [document()], with_gradients=True))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_training_mode_changes_nothing():
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    first, second = (
+        next(observe(model, [document()], with_gradients=True))[3, "value"] for _ in range(2)
+    )
+    assert torch.equal(first.states, second.states)
+    assert torch.equal(first.gradients, second.gradients)
+    assert model.training
 
 
 def test_documents_come_one_by_one(model):

@@ -78,6 +78,14 @@ def test_moments_are_those_of_the_values():
     assert made.rounded_moments((0.0, 0.5)) == pytest.approx((0.125, 0.2165), abs=1e-4)
 
 
+def test_weights_of_any_size_make_levels():
+    weights = torch.full((64,), 1e-24, dtype=torch.float64)
+    weights[:40] = 1e-6
+    levels = histogram_of(torch.linspace(-1, 1, 64, dtype=torch.float64), weights).levels(3)
+    assert np.isfinite(levels).all()
+    assert (np.diff(levels) > 0).all()
+
+
 def test_too_few_states_are_refused():
     with pytest.raises(CalibrationError, match=r"must bring 8 distinct states.*got 3"):
         histogram_of([0.1, 0.2, 0.3]).levels(3)

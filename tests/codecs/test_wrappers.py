@@ -9,12 +9,16 @@ from pydantic import ValidationError
 from kvbits.codecs import (
     Affine,
     EncodeContext,
+    Float4,
+    Float8,
     Identity,
+    NormScaled,
     Outliers,
     PreRope,
     Rotated,
     VarianceNormalised,
 )
+from kvbits.codecs.levels import lloyd_max, normal_float
 from kvbits.codecs.rotation import hadamard
 from kvbits.codecs.variance import tile_scales
 
@@ -178,3 +182,60 @@ def test_what_cannot_be_wrapped_is_refused(make, rule):
 def test_head_dims_that_do_not_fit_are_refused(codec, head_dim, rule):
     with pytest.raises(ValueError, match=rule):
         codec.check_head_dim(head_dim)
+
+
+WIDE = [
+    Rotated(inner=Affine(bits=4)),
+    Rotated(inner=NormScaled(levels=lloyd_max(2)), sign_seed=1),
+    Rotated(inner=VarianceNormalised(inner=Affine(bits=2), scaled="channel", tile_tokens=4)),
+    Rotated(inner=Float8()),
+    NormScaled(levels=lloyd_max(4)),
+    NormScaled(levels=normal_float(4)),
+    PreRope(inner=Affine(bits=3, parameter_dtype="float8"), frequencies=(1.0, 0.5)),
+    Outliers(inner=Affine(bits=4), slots=2),
+]
+
+
+@pytest.mark.parametrize("codec", WIDE, ids=lambda codec: codec.summary[:40])
+@pytest.mark.parametrize("head_dim", [16, 512])
+def test_the_largest_states_do_not_overflow(codec, head_dim):
+    """All of one sign, of alternating signs, and all zero: at the limit, nothing is NaN or inf."""
+    if isinstance(codec, Outliers) and head_dim > 256:
+        pytest.skip("an index is a byte")
+    limit = codec.largest_magnitude(head_dim)
+    signs = 1 - 2 * torch.arange(head_dim).remainder(2)
+    rows = torch.stack((torch.ones(head_dim), -torch.ones(head_dim), signs, torch.zeros(head_dim)))
+    context = EncodeContext(torch.arange(4)[None])
+    encoded = codec.encode(rows[None, None] * min(limit, 3e38), context)
+    assert all(each.isfinite().all() for each in encoded.parameters.values())
+    assert codec.decode(encoded, context).isfinite().all()
+
+
+def test_turboquant_holds_the_keys_of_real_models():
+    codec = Rotated(inner=NormScaled(levels=lloyd_max(4)), sign_seed=0)
+    assert codec.largest_magnitude(128) > 2000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ValidationError):
+        PreRope(inner=Affine(bits=2), frequencies=(bad,))
+    with pytest.raises(ValidationError):
+        NormScaled(levels=(-1.0, bad, 1.0, 2.0))
+    with pytest.raises(ValidationError):
+        Float8(tensor_scale=bad)
+
+
+def test_what_is_stored_does_not_follow_the_default_dtype():
+    x = states(1, 1, 4, 32)
+    codecs = (NormScaled(levels=lloyd_max(3)), Float4(format="mxfp4"), Float4(format="nvfp4"))
+    expected = [codec.decode(codec.encode(x)) for codec in codecs]
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = [codec.decode(codec.encode(x)) for codec in codecs]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == torch.float32
+            assert torch.equal(ours, theirs)

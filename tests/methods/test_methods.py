@@ -167,6 +167,11 @@ def test_layers_that_cannot_be_packed_stay_as_they_are():
         ("kivi", {"sinks": 3}, "sinks must not be given, got 3; no such field exists"),
         ("kvquant", {"outlier_share": 0.7}, "outlier_share must be less than 0.5, got 0.7"),
         ("skvq", {"key_bits": 5}, "bits must be 1.5, 2, 3, 4 or 8, got 5"),
+        ("skvq", {"key_bits": 2.0}, "bits must be 1.5, 2, 3, 4 or 8, got 2.0"),
+        ("kivi", {"group_size": 48}, "residual_length must be a multiple of the key block, 48"),
+        ("fp8", {"scale": -1.0}, "scale must be greater than or equal to .*, got -1.0"),
+        ("fp8", {"scale": float("inf")}, "scale must be .*, got inf"),
+        ("hadamard", {"exact_layers": -3}, "exact_layers must be .*, got -3"),
     ],
 )
 def test_bad_settings_are_one_sentence(name, settings, message, model):

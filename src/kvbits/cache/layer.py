@@ -210,7 +210,9 @@ class PackedLayer:
         return bad.any()
 
     def _largest_magnitude(self, side: Side) -> float:
-        return min(group.codec(side).largest_magnitude for group in self.plan.groups)
+        head_dim = self._sides[side].sinks.shape[-1]
+        codecs = [group.codec(side) for group in self.plan.groups]
+        return min(codec.largest_magnitude(head_dim) for codec in codecs)
 
     def check_finite(self) -> None:
         """Raise if a decode step since the last check brought states that are not finite."""
@@ -227,8 +229,8 @@ class PackedLayer:
             if side_is_bad:
                 raise CalibrationError(
                     f"{side}_states must be finite and at most {self._largest_magnitude(side):g} "
-                    f"in magnitude, got NaN, inf or more in layer {self.layer_idx}; use "
-                    "parameter_dtype='float32', or run the model in a wider dtype"
+                    f"in magnitude, got NaN, inf or more in layer {self.layer_idx}; use a "
+                    "codec of wider range, or run the model in a wider dtype"
                 )
 
     # ----- steps on the device

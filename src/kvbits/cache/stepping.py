@@ -95,7 +95,7 @@ class Stepper:
         self._limits = tuple(
             min(
                 torch.finfo(sinks[0].dtype).max,
-                *(store.codec.largest_magnitude for store in stores),
+                *(store.codec.largest_magnitude(store.head_dim) for store in stores),
             )
             for stores in zip(*((group.key, group.value) for group in groups), strict=True)
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvbits.errors import CalibrationError
+from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import SIDES, Side
 
 
@@ -19,7 +19,7 @@ class Observation(NamedTuple):
 
     Attributes:
         states: ``[1, H_kv, T, D]``.
-        gradients: Of the mean cross-entropy with respect to the states, like them; None if they
+        gradients: Of the summed cross-entropy with respect to the states, like them; None if they
             were not asked for.
     """
 
@@ -52,11 +52,18 @@ def observe(
     with _frozen(model):
         for document in usable:
             ids = document.to(model.device)[None]
-            tap = _Tap(with_gradients)
+            tap = _Tap(model.config, with_gradients)
             with torch.set_grad_enabled(with_gradients):
                 logits = model(ids, past_key_values=tap, use_cache=True).logits
+            if not tap.has_states:
+                raise UnsupportedModelError(
+                    "model must pass keys and values through its cache, got none of either"
+                )
             if with_gradients:
-                loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+                # The sum: a mean would make gradients of short documents larger.
+                loss = torch.nn.functional.cross_entropy(
+                    logits[0, :-1].float(), ids[0, 1:], reduction="sum"
+                )
                 tap.differentiate(loss)
             yield tap.observations()
 
@@ -64,8 +71,8 @@ def observe(
 class _Tap(DynamicCache):  # type: ignore[misc]
     """A cache that keeps what passes through it, with a zero added that gradients arrive at."""
 
-    def __init__(self, with_gradients: bool) -> None:
-        super().__init__()
+    def __init__(self, config: Any, with_gradients: bool) -> None:
+        super().__init__(config=config)
         self._with_gradients = with_gradients
         self._states: dict[tuple[int, Side], Tensor] = {}
         self._zeros: dict[tuple[int, Side], Tensor] = {}
@@ -83,6 +90,11 @@ class _Tap(DynamicCache):  # type: ignore[misc]
                 states = states + zero
             passed.append(states)
         return passed[0], passed[1]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether anything passed."""
+        return bool(self._states)
 
     def differentiate(self, loss: Tensor) -> None:
         """Find the gradient of ``loss`` with respect to all states."""
@@ -105,8 +117,10 @@ class _Tap(DynamicCache):  # type: ignore[misc]
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Keep the weights out of the graph."""
+    """Keep the weights out of the graph, and dropout and checkpointing off."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.eval()
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
@@ -114,3 +128,4 @@ def _frozen(model: Any) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+        model.train(was_training)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvbits.errors import CalibrationError
 
 BINS = 1024
+NEGLIGIBLE = 1e-11
 Floats = NDArray[np.float64]
 
 
@@ -56,7 +57,8 @@ class Histogram:
             CalibrationError: If there are fewer distinct values than levels.
         """
         count = 2**bits
-        seen = np.flatnonzero(self._weight > 0)
+        # Differences of sums lose what is this much lighter than the rest.
+        seen = np.flatnonzero(self._weight > NEGLIGIBLE * self.total)
         if len(seen) < count:
             raise CalibrationError(
                 f"calibration text must bring {count} distinct states a layer for {bits} bits, "
@@ -65,7 +67,8 @@ class Histogram:
         weight, moment, square = (x[seen] for x in (self._weight, self._moment, self._square))
         cuts = _best_cuts(weight, moment, square, count)
         runs = [slice(low, high) for low, high in pairwise(cuts)]
-        return tuple(float(moment[run].sum() / weight[run].sum()) for run in runs)
+        means = (float(moment[run].sum() / weight[run].sum()) for run in runs)
+        return tuple(min(1.0, max(-1.0, mean)) for mean in means)
 
     def rounded_moments(self, levels: tuple[float, ...]) -> tuple[float, float]:
         """Mean and standard deviation once every bin takes the level nearest to its mean."""

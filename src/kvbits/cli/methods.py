@@ -56,7 +56,8 @@ def calibrate(
         typer.Option(help="Calibration text of your own; default: bundled text and tasks."),
     ] = None,
     documents: Annotated[
-        int | None, typer.Option(min=1, help="Documents to use at most; default: all.")
+        int | None,
+        typer.Option(min=1, help="Documents of each kind to use at most; default: all."),
     ] = None,
     seed: Seed = 0,
     device: DeviceName = "auto",
@@ -69,7 +70,7 @@ def calibrate(
 
     settings = dict(map(_setting, setting or ()))
     if bits is not None:
-        width = int(bits) if bits == int(bits) else bits
+        width = int(bits) if bits.is_integer() else bits
         settings = {"key_bits": width, "value_bits": width} | settings
     built = build_method(method, **settings)
     if built.needs_data:
@@ -98,7 +99,8 @@ def _calibrated(
 
     loaded = load_model(model, device, dtype)
     sets = default_sets(loaded.tokenizer, "calibration", seed=seed, text=text)
-    documents = [document for each in sets for document in each.documents][:most]
+    sets = [each.first(most) if most else each for each in sets]
+    documents = [document for each in sets for document in each.documents]
     with progress_bars() as bars:
         task = bars.add_task(f"calibrating {method.name}", total=len(documents))
         plan = method.calibrate(loaded.model, documents, lambda: bars.advance(task))

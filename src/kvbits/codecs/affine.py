@@ -35,9 +35,11 @@ ParameterDtype = Literal["float16", "float32", "float8"]
 
 
 def _known_width(bits: object) -> Width:
-    if isinstance(bits, bool) or not isinstance(bits, int | float) or bits not in WIDTHS:
-        raise PydanticCustomError("width", "Input should be 1.5, 2, 3, 4 or 8")
-    return bits
+    if bits == TERNARY_BITS:
+        return TERNARY_BITS
+    if isinstance(bits, int) and not isinstance(bits, bool) and bits in WIDTHS:
+        return bits
+    raise PydanticCustomError("width", "Input should be 1.5, 2, 3, 4 or 8")
 
 
 AffineWidth = Annotated[Width, PlainValidator(_known_width)]
@@ -74,8 +76,7 @@ class Affine(Grouped):
             raise ValueError("symmetric must be False when bits=1.5, got True")
         return self
 
-    @property
-    def largest_magnitude(self) -> float:
+    def largest_magnitude(self, head_dim: int) -> float:
         # The range of a group is at most twice this; a float32 range must not overflow either.
         dtype = PARAMETER_DTYPES[self.parameter_dtype]
         return torch.finfo(dtype).max / (2 if dtype == torch.float32 else 1)

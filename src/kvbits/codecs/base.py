@@ -67,7 +67,7 @@ class Codec(BaseModel, ABC):
     Subclasses declare ``kind: Literal["..."]`` and ``bits``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @property
     def summary(self) -> str:
@@ -84,10 +84,13 @@ class Codec(BaseModel, ABC):
         """Whether decoding returns the very states that were encoded."""
         return False
 
-    @property
-    def largest_magnitude(self) -> float:
+    def largest_magnitude(self, head_dim: int) -> float:
         """Largest absolute value of a state that can be stored; more is refused."""
         return math.inf
+
+    def largest_norm(self, head_dim: int) -> float:
+        """Largest Euclidean norm of a token that can be stored, whatever its direction."""
+        return self.largest_magnitude(head_dim)
 
     @abstractmethod
     def code_bits(self, state_bits: int = 16) -> Width:

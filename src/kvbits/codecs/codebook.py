@@ -17,7 +17,8 @@ from kvbits.codecs.groups import Grouped, check_whole_bytes
 MAX_LEVELS = 256
 FP16 = torch.float16
 
-Levels = Annotated[tuple[float, ...], Field(min_length=4, max_length=MAX_LEVELS)]
+Level = Annotated[float, Field(ge=-1e3, le=1e3)]
+Levels = Annotated[tuple[Level, ...], Field(min_length=4, max_length=MAX_LEVELS)]
 
 
 class Table(Codec):
@@ -31,7 +32,7 @@ class Table(Codec):
 
     @model_validator(mode="after")
     def _check_levels(self) -> Table:
-        if any(low >= high for low, high in pairwise(self.levels)):
+        if not all(low < high for low, high in pairwise(self.levels)):
             raise ValueError(f"levels must ascend, got {self.levels}")
         if len(self.levels) not in (4, 8, 16, MAX_LEVELS):
             raise ValueError(f"levels must number 4, 8, 16 or 256, got {len(self.levels)}")
@@ -55,7 +56,7 @@ class Table(Codec):
 
     def table(self, device: torch.device) -> Tensor:
         """The levels, float32."""
-        return torch.tensor(self.levels, device=device)
+        return torch.tensor(self.levels, dtype=torch.float32, device=device)
 
 
 class Codebook(Table, Grouped):
@@ -84,8 +85,7 @@ class Codebook(Table, Grouped):
             )
         return self
 
-    @property
-    def largest_magnitude(self) -> float:
+    def largest_magnitude(self, head_dim: int) -> float:
         return torch.finfo(FP16).max / 2
 
     def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
@@ -111,7 +111,8 @@ class Codebook(Table, Grouped):
 
     def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
         scale, offset = encoded.parameters["affine"].float().split(1, -1)
-        table = torch.tensor(self.decoded_levels or self.levels, device=encoded.codes.device)
+        levels = self.decoded_levels or self.levels
+        table = torch.tensor(levels, dtype=torch.float32, device=encoded.codes.device)
         values = table[self.grouped(encoded.codes).int()]
         return self._ungrouped(values * scale + offset, encoded.codes.shape[-2])
 
@@ -135,10 +136,11 @@ class NormScaled(Table):
     def block_tokens(self) -> int:
         return 1
 
-    @property
-    def largest_magnitude(self) -> float:
-        # The norm of 256 channels of this size still fits; correction may double it.
-        return torch.finfo(FP16).max / 32
+    def largest_magnitude(self, head_dim: int) -> float:
+        return self.largest_norm(head_dim) / math.sqrt(head_dim)
+
+    def largest_norm(self, head_dim: int) -> float:
+        return torch.finfo(FP16).max / 2  # leaves the correction room
 
     def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
         return (ParameterSpec("norm", "token", 1, 1, FP16),)
@@ -152,8 +154,10 @@ class NormScaled(Table):
         codes = self.nearest(direction.float())
         if self.is_corrected:
             level = self.table(states.device).double()[codes.int()]
-            norm = norm * root / level.square().sum(-1, keepdim=True).sqrt()
-        stored = norm.to(FP16)[..., None]  # [B, H_kv, T, 1, 1]
+            length = level.square().sum(-1, keepdim=True).sqrt()
+            corrected = norm * root / torch.where(length == 0, 1.0, length)
+            norm = torch.where(length == 0, norm, corrected)
+        stored = norm.clamp(max=torch.finfo(FP16).max).to(FP16)[..., None]  # [B, H_kv, T, 1, 1]
         return Encoded(codes, {"norm": stored})
 
     def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:

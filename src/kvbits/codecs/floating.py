@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,9 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes; bit 3 of a code is the sign
 E8M0_BIAS = 127
+FLOAT32_MANTISSA_BITS = 23
+
+TensorScale = Annotated[float, Field(ge=2.0**-64, le=2.0**64)]
 
 
 class Float8(Codec):
@@ -24,7 +27,7 @@ class Float8(Codec):
     """
 
     kind: Literal["float8"] = "float8"
-    tensor_scale: float = Field(default=1.0, gt=0)
+    tensor_scale: TensorScale = 1.0
 
     @property
     def bits(self) -> int:
@@ -45,7 +48,7 @@ class Float8(Codec):
         """Any head_dim can be stored."""
 
     def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
-        scaled = (states.float() / self.tensor_scale).clamp(-E4M3_MAX, E4M3_MAX)
+        scaled = _divided(states, self.tensor_scale).clamp(-E4M3_MAX, E4M3_MAX)
         return Encoded(stored(scaled, E4M3), {})
 
     def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
@@ -63,7 +66,7 @@ class Float4(Codec):
 
     kind: Literal["float4"] = "float4"
     format: Literal["nvfp4", "mxfp4"]
-    tensor_scale: float = Field(default=1.0, gt=0)
+    tensor_scale: TensorScale = 1.0
 
     @property
     def bits(self) -> int:
@@ -93,7 +96,7 @@ class Float4(Codec):
             )
 
     def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
-        grouped = states.float().unflatten(-1, (-1, self.group_size)) / self.tensor_scale
+        grouped = _divided(states, self.tensor_scale).unflatten(-1, (-1, self.group_size))
         scale = self._stored_scale(grouped.abs().amax(-1, keepdim=True))
         step = self._scale(scale)
         scaled = grouped / torch.where(step == 0, 1.0, step)
@@ -103,14 +106,15 @@ class Float4(Codec):
 
     def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
         codes = encoded.codes.unflatten(-1, (-1, self.group_size)).int()
-        magnitudes = torch.tensor([*E2M1, *(-x for x in E2M1)], device=codes.device)
+        levels = [*E2M1, *(-x for x in E2M1)]
+        magnitudes = torch.tensor(levels, dtype=torch.float32, device=codes.device)
         values = magnitudes[codes] * self._scale(encoded.parameters["scale"])
         return values.flatten(-2) * self.tensor_scale
 
     def _stored_scale(self, largest: Tensor) -> Tensor:
         """Bytes of the scales of groups whose largest magnitudes are given."""
         if self.format == "nvfp4":
-            return stored((largest / E2M1[-1]).clamp(max=E4M3_MAX), E4M3)
+            return stored(_divided(largest, E2M1[-1]).clamp(max=E4M3_MAX), E4M3)
         # 6 = 1.5 * 2**2: the largest magnitude gets the exponent of the largest code.
         exponent = torch.frexp(largest).exponent - 1 - 2
         biased = torch.where(largest == 0, 0, exponent + E8M0_BIAS)
@@ -119,12 +123,18 @@ class Float4(Codec):
     def _scale(self, scale: Tensor) -> Tensor:
         if self.format == "nvfp4":
             return restored(scale, E4M3)
-        return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - E8M0_BIAS)
+        # e8m0 is the exponent of a float32; its least, a group of zeros, becomes 0.
+        return (scale.int() << FLOAT32_MANTISSA_BITS).view(torch.float32)
+
+
+def _divided(x: Tensor, divisor: float) -> Tensor:
+    """``x / divisor`` in float32: on a GPU, by a number would be a product with its reciprocal."""
+    return x.float() / torch.full((1,), divisor, dtype=torch.float32, device=x.device)
 
 
 def _edges(device: torch.device) -> Tensor:
     """Where one magnitude ends and the next begins; a tie goes to the even one of the two."""
-    levels = torch.tensor(E2M1, device=device)
+    levels = torch.tensor(E2M1, dtype=torch.float32, device=device)
     middle = (levels[1:] + levels[:-1]) / 2
     is_upper_even = torch.arange(len(middle), device=device) % 2 == 1
     return torch.where(is_upper_even, torch.nextafter(middle, levels[:-1]), middle)

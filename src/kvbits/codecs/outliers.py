@@ -33,9 +33,8 @@ class Outliers(Wrapper):
     slots: int = Field(ge=2, multiple_of=2)
     by: Literal["token", "channel"] = "token"
 
-    @property
-    def largest_magnitude(self) -> float:
-        return min(self.inner.largest_magnitude, torch.finfo(FP16).max)
+    def largest_magnitude(self, head_dim: int) -> float:
+        return min(self.inner.largest_magnitude(head_dim), torch.finfo(FP16).max)
 
     def own_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
         return (

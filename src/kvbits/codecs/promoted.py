@@ -42,8 +42,7 @@ class Promoted(Codec):
     def block_tokens(self) -> int:
         return self.group_size
 
-    @property
-    def largest_magnitude(self) -> float:
+    def largest_magnitude(self, head_dim: int) -> float:
         return torch.finfo(FP16).max
 
     def code_bits(self, state_bits: int = 16) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from kvbits.codecs.base import EncodeContext
 from kvbits.codecs.wrappers import Wrapper
+
+Frequency = Annotated[float, Field(ge=0, le=math.pi)]
 
 
 class PreRope(Wrapper):
@@ -26,11 +29,14 @@ class PreRope(Wrapper):
     """
 
     kind: Literal["pre_rope"] = "pre_rope"
-    frequencies: Annotated[tuple[float, ...], Field(min_length=1)]
+    frequencies: Annotated[tuple[Frequency, ...], Field(min_length=1)]
 
-    @property
-    def largest_magnitude(self) -> float:
-        return self.inner.largest_magnitude / 2  # a pair can turn into one channel
+    def largest_magnitude(self, head_dim: int) -> float:
+        # A pair can turn into one of its channels.
+        return self.inner.largest_magnitude(head_dim) / math.sqrt(2)
+
+    def largest_norm(self, head_dim: int) -> float:
+        return self.inner.largest_norm(head_dim)
 
     def check_head_dim(self, head_dim: int) -> None:
         if head_dim < 2 * len(self.frequencies):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvbits.codecs.base import EncodeContext
@@ -19,12 +20,16 @@ class Rotated(Wrapper):
     """
 
     kind: Literal["rotated"] = "rotated"
-    sign_seed: int | None = None
+    sign_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
-    @property
-    def largest_magnitude(self) -> float:
-        # A rotation gathers at most sqrt(256) times a channel's magnitude in one.
-        return self.inner.largest_magnitude / 16
+    def largest_magnitude(self, head_dim: int) -> float:
+        return self.largest_norm(head_dim) / math.sqrt(head_dim)
+
+    def largest_norm(self, head_dim: int) -> float:
+        # A rotation keeps the norm, and at worst gathers it in one channel. Sums on the way stay
+        # within sqrt(D) times it, which float32 must hold too.
+        float32 = torch.finfo(torch.float32).max / math.sqrt(head_dim)
+        return min(self.inner.largest_norm(head_dim), float32)
 
     def check_head_dim(self, head_dim: int) -> None:
         if head_dim & (head_dim - 1):

@@ -36,9 +36,8 @@ class VarianceNormalised(Wrapper):
     def block_tokens(self) -> int:
         return self.tile_tokens
 
-    @property
-    def largest_magnitude(self) -> float:
-        return self.inner.largest_magnitude / 2  # a scale is exp(-0.3) at the least
+    def largest_magnitude(self, head_dim: int) -> float:
+        return self.inner.largest_magnitude(head_dim) / 2  # a scale is exp(-0.3) at the least
 
     def own_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
         if self.scaled == "token":

@@ -54,9 +54,8 @@ class Wrapper(Codec):
     def block_tokens(self) -> int:
         return self.inner.block_tokens
 
-    @property
-    def largest_magnitude(self) -> float:
-        return self.inner.largest_magnitude
+    def largest_magnitude(self, head_dim: int) -> float:
+        return self.inner.largest_magnitude(head_dim)
 
     def code_bits(self, state_bits: int = 16) -> Width:
         return self.inner.code_bits(state_bits)

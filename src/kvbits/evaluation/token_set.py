@@ -52,6 +52,10 @@ class TokenSet(NamedTuple):
         last = (self.counted * torch.arange(self.counted.shape[1])).amax(1)
         return [ids[: stop + 1] for ids, stop in zip(self.input_ids, last.tolist(), strict=True)]
 
+    def first(self, count: int) -> TokenSet:
+        """The set of its first documents."""
+        return self._replace(input_ids=self.input_ids[:count], counted=self.counted[:count])
+
     @property
     def num_tokens(self) -> int:
         """Number of predictions that count."""

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from kvbits.geometry import LayerGeometry, ModelGeometry
 from kvbits.layer_plan import LayerPlan
 from kvbits.plan import CachePlan
+from kvbits.plan.loading import one_sentence
 from kvbits.plan.modes import exact_layer
 from kvbits.plan.provenance import Provenance
 
@@ -30,7 +31,7 @@ class Method(BaseModel, ABC):
         exact_layers: Layers at either end of the model that stay exact.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -38,7 +39,7 @@ class Method(BaseModel, ABC):
     differs: ClassVar[tuple[str, ...]] = ()
     widths: ClassVar[str] = ""
 
-    exact_layers: int = 0
+    exact_layers: int = Field(default=0, ge=0)
 
     @property
     def needs_data(self) -> bool:
@@ -74,15 +75,19 @@ class Method(BaseModel, ABC):
         """The plan of a model by its config alone; layers that cannot be packed stay.
 
         Raises:
+            ValueError: If settings do not fit each other.
             PlanError: If the method does not suit the model's head dimensions.
             UnsupportedModelError: If the method needs to know what the config does not say.
         """
         layers = ModelGeometry.from_config(config).layers
         ends = {*range(self.exact_layers), *range(len(layers) - self.exact_layers, len(layers))}
-        plans = [
-            self.layer_plan(layer, config)
-            if layer.is_packable and index not in ends
-            else exact_layer()
-            for index, layer in enumerate(layers)
-        ]
+        try:
+            plans = [
+                self.layer_plan(layer, config)
+                if layer.is_packable and index not in ends
+                else exact_layer()
+                for index, layer in enumerate(layers)
+            ]
+        except ValidationError as error:  # settings that are fine one by one
+            raise ValueError(one_sentence(error)) from None
         return CachePlan.from_layers(config, plans, Provenance(method=self.name))

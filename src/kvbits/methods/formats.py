@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from kvbits.codecs import Affine, AnyCodec, Float4, Float8
+from kvbits.codecs.floating import TensorScale
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan
 from kvbits.methods.base import Method
@@ -39,7 +40,7 @@ class Fp8(Format):
     source: ClassVar = "OCP 8-bit floating point; the fp8 cache of vLLM and TensorRT-LLM"
     widths: ClassVar = "8"
 
-    scale: float = 1.0
+    scale: TensorScale = 1.0
 
     def codec(self) -> AnyCodec:
         return Float8(tensor_scale=self.scale)
@@ -52,7 +53,7 @@ class NvFp4(Format):
     source: ClassVar = "NVIDIA NVFP4"
     widths: ClassVar = "4"
 
-    scale: float = 1.0
+    scale: TensorScale = 1.0
 
     def codec(self) -> AnyCodec:
         return Float4(format="nvfp4", tensor_scale=self.scale)

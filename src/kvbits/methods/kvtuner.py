@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from importlib.resources import files
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from kvbits.errors import PlanError
 from kvbits.geometry import LayerGeometry, ModelGeometry
@@ -51,6 +51,7 @@ class KVTuner(Method):
     )
 
     preset: str
+    exact_layers: Literal[0] = 0
 
     def plan(self, config: Any) -> CachePlan:
         found = presets()

@@ -12,7 +12,7 @@ HALVES = frozenset(
     (
         *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
         *("phi", "phi3", "gemma", "gemma2", "gemma3_text", "gpt_oss"),
-        *("granite", "olmo", "olmo2", "starcoder2", "stablelm", "smollm3"),
+        *("granite", "olmo", "olmo2", "starcoder2", "stablelm"),
     )
 )
 # Their frequencies depend on the length of the context.

@@ -78,6 +78,9 @@ def one_sentence(error: ValidationError) -> str:
     if kind == "too_short":
         least = context["min_length"]
         return f"{field} must have at least {least} entries, got {context['actual_length']}"
+    if kind == "too_long":
+        most = context["max_length"]
+        return f"{field} must have at most {most} entries, got {context['actual_length']}"
     if kind in ("value_error", "assertion_error"):
         return f"{field}: {context['error']}" if field else str(context["error"])
     rule = detail["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
