@@ -61,8 +61,8 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         own = sorted((r for r in records if r["method"] == method), key=lambda r: r[BITS])
         bits, kl = [r[BITS] for r in own], [r["text"]["kl_nats"] for r in own]
         error = [1.96 * r["text"]["kl_se"] for r in own]
-        marker = "osD^vP*X<>"[index % 10]
-        axes.errorbar(bits, kl, error, label=method, marker=marker, linestyle="none", capsize=2)
+        look = {"marker": "osD^vP*X<>"[index % 10], "color": pyplot.cm.tab20(index % 20)}
+        axes.errorbar(bits, kl, error, label=method, linestyle="none", capsize=2, **look)
     front = pareto(records)
     axes.plot(
         [r[BITS] for r in front],
