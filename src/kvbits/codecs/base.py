@@ -84,6 +84,11 @@ class Codec(BaseModel, ABC):
         """Whether decoding returns the very states that were encoded."""
         return False
 
+    @property
+    def needs_positions(self) -> bool:
+        """Whether ``encode`` and ``decode`` read the positions of their context."""
+        return False
+
     def largest_magnitude(self, head_dim: int) -> float:
         """Largest absolute value of a state that can be stored; more is refused."""
         return math.inf

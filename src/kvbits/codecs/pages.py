@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvbits.codecs import packing
-from kvbits.codecs.base import Codec, EncodeContext, Encoded
+from kvbits.codecs.base import NO_CONTEXT, Codec, EncodeContext, Encoded
 
 
 class _Chunk(NamedTuple):
@@ -399,6 +399,8 @@ class PageStore:
 
     def _context(self, starts: Sequence[int], count: int) -> EncodeContext:
         """For ``count`` tokens of every row from ``starts`` on; one row if all start alike."""
+        if not self.codec.needs_positions:  # a decode step should not make them for nothing
+            return NO_CONTEXT
         distinct = starts if len(set(starts)) > 1 else starts[:1]
         first = torch.tensor(distinct, device=self.device)[:, None] + self.first_position
         return EncodeContext(first + torch.arange(count, device=self.device))

@@ -31,6 +31,10 @@ class PreRope(Wrapper):
     kind: Literal["pre_rope"] = "pre_rope"
     frequencies: Annotated[tuple[Frequency, ...], Field(min_length=1)]
 
+    @property
+    def needs_positions(self) -> bool:
+        return True
+
     def largest_magnitude(self, head_dim: int) -> float:
         # A pair can turn into one of its channels.
         return self.inner.largest_magnitude(head_dim) / math.sqrt(2)

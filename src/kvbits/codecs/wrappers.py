@@ -54,6 +54,10 @@ class Wrapper(Codec):
     def block_tokens(self) -> int:
         return self.inner.block_tokens
 
+    @property
+    def needs_positions(self) -> bool:
+        return self.inner.needs_positions
+
     def largest_magnitude(self, head_dim: int) -> float:
         return self.inner.largest_magnitude(head_dim)
 
