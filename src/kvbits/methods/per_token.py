@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -12,16 +13,14 @@ from kvbits.layer_plan import LayerPlan
 from kvbits.methods.base import Method
 
 
-class PerToken(Method):
-    """Round to nearest with a scale and an offset per token and head: the plainest method."""
+class TokenByToken(Method):
+    """Both sides by one kind of codec, token by token; what the subclasses share.
 
-    name: ClassVar = "per-token"
-    source: ClassVar = "KVTuner's per-token mode, arXiv 2502.04420"
-    differs: ClassVar = ("offsets are real numbers, not integer zero points",)
+    They say which widths there are.
+    """
 
-    key_bits: Literal[2, 3, 4, 8] = 4
-    value_bits: Literal[2, 3, 4, 8] = 4
-    group_size: int | None = None
+    key_bits: Any
+    value_bits: Any
     residual_length: int = Field(default=0, ge=0)
     sink_tokens: int = Field(default=0, ge=0)
 
@@ -33,8 +32,23 @@ class PerToken(Method):
             residual_length=self.residual_length,
         )
 
+    @abstractmethod
     def codec(self, bits: int) -> AnyCodec:
         """The codec of one side."""
+
+
+class PerToken(TokenByToken):
+    """Round to nearest with a scale and an offset per token and head: the plainest method."""
+
+    name: ClassVar = "per-token"
+    source: ClassVar = "KVTuner's per-token mode, arXiv 2502.04420"
+    differs: ClassVar = ("offsets are real numbers, not integer zero points",)
+
+    key_bits: Literal[2, 3, 4, 8] = 4
+    value_bits: Literal[2, 3, 4, 8] = 4
+    group_size: int | None = None
+
+    def codec(self, bits: int) -> AnyCodec:
         return Affine(bits=bits, group_size=self.group_size)
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from kvbits.codecs import AnyCodec, NormScaled, Rotated
 from kvbits.codecs.levels import lloyd_max
-from kvbits.geometry import LayerGeometry
-from kvbits.layer_plan import LayerPlan
-from kvbits.methods.base import Method
+from kvbits.methods.per_token import TokenByToken
 
 
-class TurboQuant(Method):
+class TurboQuant(TokenByToken):
     """Every token is rotated with random signs, and its direction takes Lloyd-Max levels."""
 
     name: ClassVar = "turboquant"
@@ -27,16 +23,6 @@ class TurboQuant(Method):
     key_bits: Literal[2, 3, 4] = 4
     value_bits: Literal[2, 3, 4] = 4
     sign_seed: int = 0
-    residual_length: int = Field(default=0, ge=0)
-    sink_tokens: int = Field(default=0, ge=0)
 
-    def layer_plan(self, layer: LayerGeometry, config: Any) -> LayerPlan:
-        return LayerPlan.uniform(
-            self._codec(self.key_bits),
-            self._codec(self.value_bits),
-            sink_tokens=self.sink_tokens,
-            residual_length=self.residual_length,
-        )
-
-    def _codec(self, bits: int) -> AnyCodec:
+    def codec(self, bits: int) -> AnyCodec:
         return Rotated(inner=NormScaled(levels=lloyd_max(bits)), sign_seed=self.sign_seed)
