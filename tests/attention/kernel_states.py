@@ -11,19 +11,20 @@ import torch
 
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
-from kvbits.codecs import Affine, Identity
+from kvbits.codecs import Affine, Identity, Rotated
 from kvbits.codecs.pages import PageStore
 from kvbits.testing import attend_naively
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def codec(bits, key_group=0, group_size=None):
+def codec(bits, key_group=0, group_size=None, is_rotated=False):
     if bits == 16:
         return Identity()
+    plain = Affine(bits=bits, group_size=group_size)
     if key_group:
-        return Affine(bits=bits, granularity="per_channel", group_size=key_group)
-    return Affine(bits=bits, group_size=group_size)
+        plain = Affine(bits=bits, granularity="per_channel", group_size=key_group)
+    return Rotated(inner=plain, sign_seed=3) if is_rotated else plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Case:
     exact: tuple[int, ...] = (20, 7)
     num_sinks: int = 0
     num_queries: int = 1
+    is_rotated: bool = False
     dtype: torch.dtype = torch.bfloat16
     softcap: float | None = None
     window: int | None = None
@@ -72,14 +74,25 @@ class Case:
     def scale(self):
         return self.head_dim**-0.5
 
+    @property
+    def dims(self):
+        return self.head_dim, self.value_dim or self.head_dim
+
+    @property
+    def codecs(self):
+        """Of keys and of values."""
+        size = self.dims[1] // self.value_groups if self.value_groups > 1 else None
+        return (
+            codec(self.key_bits, self.key_group, None, self.is_rotated),
+            codec(self.value_bits, 0, size, self.is_rotated),
+        )
+
     def schedule(self, **changes):
         """What the heuristic chooses, in the form the case asks for."""
-        key = schedules.side_shape(codec(self.key_bits, self.key_group), self.head_dim)
-        value_dim = self.value_dim or self.head_dim
-        size = value_dim // self.value_groups if self.value_groups > 1 else None
+        key, value = map(schedules.side_shape, self.codecs, self.dims)
         shape = schedules.Shape(
             key=key,
-            value=schedules.side_shape(codec(self.value_bits, group_size=size), value_dim),
+            value=value,
             group_queries=self.group_queries,
             num_queries=self.num_queries,
             rows=len(self.packed) * self.num_heads,
@@ -104,9 +117,7 @@ def make(case, poison=False):
         return (torch.randn(*shape, generator=generator) * scale).to(case.dtype).to(DEVICE)
 
     rows, heads = len(case.packed), case.num_heads
-    dims = (case.head_dim, case.value_dim or case.head_dim)
-    size = dims[1] // case.value_groups if case.value_groups > 1 else None
-    codecs = (codec(case.key_bits, case.key_group), codec(case.value_bits, group_size=size))
+    dims, codecs = case.dims, case.codecs
     stores = [
         PageStore(
             each,

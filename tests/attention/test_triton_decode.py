@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,19 @@ ATTENTIONS |= {
             has_sink_logits=True)),
     )
 }  # fmt: skip
+
+ATTENTIONS |= {
+    f"rotated, {name}": replace(case, is_rotated=True)
+    for name, case in {
+        "sinks": Case(num_sinks=5, exact=(1, 9)),
+        "two dimensions": Case(head_dim=128, value_dim=64),
+        "sink logits, fp16": Case(group_queries=8, has_sink_logits=True, dtype=torch.float16),
+        "keys only": Case(key_bits=2, value_bits=16),
+        "per channel": Case(key_bits=2, key_group=64, packed=(128, 64), value_bits=3),
+        "queries": Case(num_queries=5, exact=(30, 25), num_sinks=2),
+        "nothing packed": Case(packed=(0, 5), exact=(3, 1)),
+    }.items()
+}
 
 
 def run(case, query, states, **changes):

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import kvbits
 from kvbits.cache.hf import QuantizedCache, watch_padding
-from kvbits.codecs import Affine, Identity
+from kvbits.codecs import Affine, Identity, Rotated
 from kvbits.errors import KernelUnavailableError, UnsupportedModelError
 from kvbits.layer_plan import LayerPlan
 from kvbits.testing import tiny_config, tiny_model
@@ -26,6 +26,9 @@ PLANS = {
         Affine(bits=4, granularity="per_channel", group_size=32),
         Affine(bits=4, group_size=32),
         sink_tokens=2,
+    ),
+    "rotated-4": LayerPlan.uniform(
+        Rotated(inner=Affine(bits=4)), Rotated(inner=Affine(bits=4)), residual_length=5
     ),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

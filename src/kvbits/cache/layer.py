@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvbits.attention.api import KERNEL_IMPLS, Impl, resolve_impl
 from kvbits.attention.states import LayerStates, SideStates, StepStates, store_groups
+from kvbits.attention.triton.schedule import is_writable
 from kvbits.cache.side import SideStorage, below
 from kvbits.cache.stepping import Clocks, Stepper
 from kvbits.codecs.pages import PageStore
@@ -52,6 +53,7 @@ class PackedLayer:
         self.layer_idx = layer_idx
         self.quantize_prefill = quantize_prefill
         self.requested_impl: Impl = impl
+        self._encodes_by_kernels = False
         self.impl: Impl = impl  # "reference" once states have shown that no kernel takes them
         self.max_tokens = max_tokens
         self.clocks = clocks or Clocks()
@@ -177,6 +179,8 @@ class PackedLayer:
             dtype=new["key"].dtype,
             device=new["key"].device,
         )
+        dims = (new["key"].shape[-1], new["value"].shape[-1])
+        self._encodes_by_kernels = self.impl in KERNEL_IMPLS and is_writable(self.plan, *dims)
         self._sides = {
             side: SideStorage.empty(self.plan, side, new[side], max_tokens=self.max_tokens)
             for side in SIDES
@@ -247,7 +251,7 @@ class PackedLayer:
 
     def _may_step(self) -> bool:
         """Whether one more token may be appended by a kernel alone."""
-        if self.impl not in KERNEL_IMPLS or self.is_recording or self.num_tokens == 0:
+        if not self._encodes_by_kernels or self.is_recording or self.num_tokens == 0:
             return False
         if self._stepper is None and self._is_settled():
             self._stepper = self._new_stepper()
@@ -394,7 +398,7 @@ class PackedLayer:
                 due = np.maximum(packed, self.plan.packed_lengths(lengths)[index])
             start = np.asarray(self._padding) + self.plan.sink_tokens + packed  # of all tokens
             columns = tail.shape[-2] - self.num_tokens + start
-            by_kernels = self.impl in KERNEL_IMPLS
+            by_kernels = self._encodes_by_kernels
             storage.pack(tail, columns, due - packed, by_kernels=by_kernels)
             width = int(self._num_exact(lengths, due).max(initial=0))
             kept[side] = tail[:, :, tail.shape[-2] - width :]

@@ -97,6 +97,13 @@ class Codec(BaseModel, ABC):
         """Largest Euclidean norm of a token that can be stored, whatever its direction."""
         return self.largest_magnitude(head_dim)
 
+    def rotation(self, head_dim: int, device: torch.device) -> Tensor | None:
+        """The orthogonal matrix M, float32 ``[D, D]``, if the codec stores states @ M.
+
+        Attention may then turn the query and its output instead of every state.
+        """
+        return None
+
     @abstractmethod
     def code_bits(self, state_bits: int = 16) -> Width:
         """Stored width of one code, 1.5 for three levels; ``state_bits`` is the width of the

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvbits.codecs.base import EncodeContext
+from kvbits.codecs.base import NO_CONTEXT, EncodeContext
 from kvbits.codecs.wrappers import Wrapper
 
 
@@ -45,6 +45,9 @@ class Rotated(Wrapper):
     def undo(self, states: Tensor, context: EncodeContext) -> Tensor:
         rotated = hadamard(states)
         return rotated if self.sign_seed is None else rotated * self._signs(states)
+
+    def rotation(self, head_dim: int, device: torch.device) -> Tensor:
+        return self.apply(torch.eye(head_dim, device=device), NO_CONTEXT)
 
     def _signs(self, states: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.sign_seed or 0)

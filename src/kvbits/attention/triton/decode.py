@@ -21,9 +21,10 @@ from kvbits.attention.triton.kernels.common import LOG2E
 from kvbits.attention.triton.kernels.fp16_form import attend_fp16
 from kvbits.attention.triton.kernels.int8_form import attend_int8, key_width, prepare_queries
 from kvbits.attention.triton.kernels.layout import num_segments
-from kvbits.attention.triton.kernels.merge import merge_splits
+from kvbits.attention.triton.kernels.merge import merge_splits, rotate_queries
 from kvbits.attention.triton.launch import device_of, is_interpreted, launch_options
 from kvbits.attention.triton.schedule import Schedule, Shape
+from kvbits.codecs.pages import PageStore
 
 _LOG2E = float(LOG2E.value)
 
@@ -88,10 +89,13 @@ def attend(
         "COMPILED": not is_interpreted(),
     }
     with torch.cuda.device_of(query):
+        if any(shape.key.is_rotated for shape in shapes):
+            query = dense(query)
         for group, shape, plan in zip(states.groups, shapes, plans, strict=True):
             launch = _launch_int8 if plan.form == "int8" else _launch_fp16
-            launch(query, states, group, shape, plan, partials, options)
-        return _merge(query, states, partials, sink_logits)
+            rotated = _rotated(query, group.key) if shape.key.is_rotated else query
+            launch(query, rotated, states, group, shape, plan, partials, options)
+        return _merge(query, states, partials, plans[0].splits, sink_logits)
 
 
 def shape_of(
@@ -116,8 +120,39 @@ def shape_of(
     )
 
 
+def dense(query: Tensor) -> Tensor:
+    """The query without gaps in memory, so that another of its strides can be made."""
+    return query if torch.empty_like(query).stride() == query.stride() else query.contiguous()
+
+
+def _rotated(query: Tensor, store: PageStore) -> Tensor:
+    """A dense query in the basis of the keys in a store: float32, of the same strides."""
+    batch, num_heads, num_queries, head_dim = query.shape
+    rotated = torch.empty_like(query, dtype=torch.float32)
+    rows = batch * num_heads * num_queries
+    per_program = 1 if rows % 4 else 4
+    columns = 32
+    rotate_queries[(rows // per_program, head_dim // columns)](
+        query,
+        store.rotation,
+        rotated,
+        query.stride(0),
+        query.stride(1),
+        query.stride(2),
+        H=num_heads,
+        NQ=num_queries,
+        R=per_program,
+        D=head_dim,
+        DB=columns,
+        num_warps=4,
+        **launch_options(),
+    )
+    return rotated
+
+
 def _launch_int8(
     query: Tensor,
+    rotated: Tensor,
     states: KernelStates,
     group: StoreGroup,
     shape: Shape,
@@ -125,11 +160,12 @@ def _launch_int8(
     partials: _Partials,
     options: dict[str, object],
 ) -> None:
-    coefficients = constants = query  # per-channel keys make theirs from every group's scales
+    coefficients = constants = rotated  # per-channel keys make theirs from every group's scales
     if not shape.key.key_group:
-        coefficients, constants = _prepare(query, states, shape, plan, options)
+        coefficients, constants = _prepare(rotated, states, shape, plan, options)
     attend_int8[_grid(plan, query.shape[0] * group.key.num_heads)](
         query,
+        rotated,
         coefficients,
         constants,
         *states.arguments(group),
@@ -183,6 +219,7 @@ def _prepare(
 
 def _launch_fp16(
     query: Tensor,
+    rotated: Tensor,
     states: KernelStates,
     group: StoreGroup,
     shape: Shape,
@@ -194,6 +231,7 @@ def _launch_fp16(
     rows = query.shape[0] * group.key.num_heads
     attend_fp16[(*_grid(plan, rows), column_tiles)](
         query,
+        rotated,
         *states.arguments(group),
         *partials,
         options["scale"],
@@ -258,7 +296,11 @@ def _per_split(shape: Shape, plan: Schedule) -> int:
 
 
 def _merge(
-    query: Tensor, states: KernelStates, partials: _Partials, sink_logits: Tensor | None
+    query: Tensor,
+    states: KernelStates,
+    partials: _Partials,
+    num_packed: int,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     batch, num_heads, num_queries, _ = query.shape
     num_splits, value_dim = partials.log_sum.shape[2], partials.output.shape[-1]
@@ -271,11 +313,14 @@ def _merge(
     ):
         channels //= 2
     output = query.new_empty(batch, num_queries, num_heads, value_dim)
+    matrix = states.groups[0].value.rotation
     merge_splits[(outputs, -(-value_dim // channels))](
         *partials,
         output if sink_logits is None else sink_logits,
+        output if matrix is None else matrix,
         output,
         num_splits,
+        num_packed,
         H=states.num_heads,
         GQ=num_heads // states.num_heads,
         NQ=num_queries,
@@ -283,6 +328,7 @@ def _merge(
         DB=channels,
         NSP=padded_splits,
         HAS_SINK=sink_logits is not None,
+        IS_ROTATED=matrix is not None,
         num_warps=4 if padded_splits * channels >= 2048 else 2,
         **launch_options(),
     )

@@ -13,9 +13,18 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kvbits.codecs import Affine, Codec, Identity
+from kvbits.codecs import (
+    Affine,
+    Codebook,
+    Codec,
+    Identity,
+    NormScaled,
+    Outliers,
+    PreRope,
+    Rotated,
+)
 from kvbits.geometry import LayerGeometry
-from kvbits.layer_plan import LayerPlan, Side
+from kvbits.layer_plan import SIDES, LayerPlan, Side
 
 BITS = (2, 3, 4, 8, 16)
 HEAD_DIMS = (64, 96, 128, 256)
@@ -63,12 +72,22 @@ class SideShape(NamedTuple):
         key_group: Tokens that share a channel's scale; 0 where every token has its own.
         groups: Scales of a token.
         head_dim: Channels.
+        is_rotated: Whether what is stored are states times an orthogonal matrix.
+        has_levels: Whether codes name levels of a table.
+        has_offset: Whether scales have an offset beside them.
+        slots: Outliers of every token that are stored apart.
+        rotary_pairs: Pairs of channels that are stored as before the rotary embedding.
     """
 
     bits: int
     key_group: int
     groups: int
     head_dim: int
+    is_rotated: bool = False
+    has_levels: bool = False
+    has_offset: bool = True
+    slots: int = 0
+    rotary_pairs: int = 0
 
     @property
     def token_bytes(self) -> int:
@@ -137,16 +156,31 @@ class Schedule(NamedTuple):
 
 
 def side_shape(codec: Codec, head_dim: int) -> SideShape | None:
-    """The shape of a codec's storage, or None where no kernel reads it."""
+    """The shape of a codec's storage, or None where no kernel knows it."""
+    if isinstance(codec, Rotated):
+        inner = side_shape(codec.inner, head_dim)
+        return inner and inner._replace(is_rotated=True)
+    if isinstance(codec, PreRope):
+        inner = side_shape(codec.inner, head_dim)
+        return inner and inner._replace(rotary_pairs=len(codec.frequencies))
+    if isinstance(codec, Outliers):
+        inner = side_shape(codec.inner, head_dim)
+        return inner and inner._replace(slots=codec.slots)
+    return _leaf_shape(codec, head_dim)
+
+
+def _leaf_shape(codec: Codec, head_dim: int) -> SideShape | None:
     if isinstance(codec, Identity):
         return SideShape(16, 0, 1, head_dim)
-    if not isinstance(codec, Affine) or not codec.is_plain:
-        return None
-    bits = int(codec.bits)
-    if codec.granularity == "per_channel":
-        return SideShape(bits, codec.block_tokens, 1, head_dim)
-    groups = head_dim // codec.group_size if codec.group_size else 1
-    return SideShape(bits, 0, groups, head_dim)
+    if isinstance(codec, NormScaled):
+        return SideShape(codec.bits, 0, 1, head_dim, has_levels=True, has_offset=False)
+    if isinstance(codec, Codebook) or (isinstance(codec, Affine) and codec.is_plain):
+        bits, has_levels = int(codec.bits), isinstance(codec, Codebook)
+        if codec.granularity == "per_channel":
+            return SideShape(bits, codec.block_tokens, 1, head_dim, has_levels=has_levels)
+        groups = head_dim // codec.group_size if codec.group_size else 1
+        return SideShape(bits, 0, groups, head_dim, has_levels=has_levels)
+    return None
 
 
 def supported_shape(codec: Codec, head_dim: int) -> SideShape:
@@ -159,9 +193,9 @@ def supported_shape(codec: Codec, head_dim: int) -> SideShape:
 def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
     """Why no kernel reads or writes this side, or None if one does."""
     shape = side_shape(codec, head_dim)
-    if shape is None:
+    if shape is None or shape.has_levels or shape.slots or shape.rotary_pairs:
         return (
-            f"{side} codec must be affine with float16 scale and offset, or exact, "
+            f"{side} codec must be exact, or affine with float16 scale and offset, rotated or not, "
             f"got {codec.summary}"
         )
     if head_dim not in HEAD_DIMS:
@@ -187,12 +221,28 @@ def unsupported(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> str 
         return f"flush must be 'joint', got {plan.flush!r}"
     if plan.quantum & (plan.quantum - 1):
         return f"key and value blocks must fit in a power of two of tokens, got {plan.quantum}"
+    if len({_rotation(group.value) for group in plan.groups}) > 1:
+        return "head groups must share the rotation of values, got several"  # merged together
     for group in plan.groups:
-        for side, head_dim in (("key", key_head_dim), ("value", value_head_dim)):
-            reason = unsupported_side(group.codec(side), side, head_dim)  # type: ignore[arg-type]
+        for side, head_dim in zip(SIDES, (key_head_dim, value_head_dim), strict=True):
+            reason = unsupported_side(group.codec(side), side, head_dim)
             if reason:
                 return reason
     return None
+
+
+def is_writable(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> bool:
+    """Whether kernels encode the states of a layer that they can read."""
+    return not any(
+        supported_shape(group.codec(side), head_dim).is_rotated
+        for group in plan.groups
+        for side, head_dim in zip(SIDES, (key_head_dim, value_head_dim), strict=True)
+    )
+
+
+def _rotation(codec: Codec) -> Codec | None:
+    """What is rotated alike has the same of these."""
+    return codec.model_copy(update={"inner": None}) if isinstance(codec, Rotated) else None
 
 
 def unsupported_heads(group_queries: int) -> str | None:

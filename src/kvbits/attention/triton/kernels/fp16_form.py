@@ -109,6 +109,7 @@ def lane_halves(b_p, BN: tl.constexpr, HP: tl.constexpr):
 )
 def attend_fp16(
     Q,
+    QR,
     K_POOL,
     V_POOL,
     K_TABLE,
@@ -163,6 +164,7 @@ def attend_fp16(
     The first splits take packed tiles, the last the exact tokens: a ring of CAP slots, or,
     where CAP is 0, ``tail_columns`` columns that end with the newest token. Column c is query
     c // GQ of head c % GQ. A side of 16 bits holds states of the query's own dtype.
+    QR: the query as packed keys are rotated, of the strides of Q.
     """
     i_bh = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -233,7 +235,8 @@ def attend_fp16(
     o_l = tl.arange(0, BN // 2)
     o_k = tl.arange(0, KW)
     o_vr = tl.arange(0, VW)
-    p_q = p_query + (o_c % GQ) * sq_h + (o_c // GQ) * sq_t
+    p_q = QR + i_b.to(tl.int64) * sq_b + i_h * GQ * sq_h
+    p_q += (o_c % GQ) * sq_h + (o_c // GQ) * sq_t
 
     b_q = ()
     b_qsum = tl.zeros([HP], tl.float32)

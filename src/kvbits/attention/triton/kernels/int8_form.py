@@ -221,6 +221,7 @@ def prepare_queries(
 )
 def attend_int8(
     Q,
+    QR,
     QA,
     QC,
     K_POOL,
@@ -272,7 +273,8 @@ def attend_int8(
     """Attend one query of every row to a share of its tokens; grid (B * HS, splits).
 
     The first splits take packed tiles, the last the exact tokens. G: tokens of a per-channel
-    key group, 0 for per-token keys. VG: scale groups of a value.
+    key group, 0 for per-token keys. VG: scale groups of a value. QR: the query as packed keys are
+    rotated, of the strides of Q.
     """
     i_bh = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -359,7 +361,7 @@ def attend_int8(
         b_bias = tl.load(p_qc + 2 * GP)
         b_qsum = tl.load(p_qc + 3 * GP)
     else:
-        p_q = p_query + o_g * sq_h
+        p_q = QR + i_b.to(tl.int64) * sq_b + i_h * GQ * sq_h + o_g * sq_h
         o_d = tl.arange(0, padded(DK, 16))
         m_q = m_g[None, :] & (o_d < DK)[:, None]
         b_q = tl.load(p_q[None, :] + o_d[:, None], mask=m_q, other=0.0).to(tl.float32)
