@@ -195,7 +195,7 @@ def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
     shape = side_shape(codec, head_dim)
     if shape is None or shape.has_levels or shape.slots or shape.rotary_pairs:
         return (
-            f"{side} codec must be exact, or affine with float16 scale and offset, rotated or not, "
+            f"{side} codec must be exact or affine with float16 scale and offset, rotated or not, "
             f"got {codec.summary}"
         )
     if head_dim not in HEAD_DIMS:
