@@ -11,7 +11,7 @@ import torch
 
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
-from kvbits.codecs import Affine, Identity, Rotated
+from kvbits.codecs import Affine, Codec, Identity, Rotated
 from kvbits.codecs.pages import PageStore
 from kvbits.testing import attend_naively
 
@@ -44,6 +44,8 @@ class Case:
     num_sinks: int = 0
     num_queries: int = 1
     is_rotated: bool = False
+    key_codec: Codec | None = None
+    value_codec: Codec | None = None
     dtype: torch.dtype = torch.bfloat16
     softcap: float | None = None
     window: int | None = None
@@ -83,8 +85,8 @@ class Case:
         """Of keys and of values."""
         size = self.dims[1] // self.value_groups if self.value_groups > 1 else None
         return (
-            codec(self.key_bits, self.key_group, None, self.is_rotated),
-            codec(self.value_bits, 0, size, self.is_rotated),
+            self.key_codec or codec(self.key_bits, self.key_group, None, self.is_rotated),
+            self.value_codec or codec(self.value_bits, 0, size, self.is_rotated),
         )
 
     def schedule(self, **changes):
@@ -127,14 +129,15 @@ def make(case, poison=False):
             num_rows=rows,
             dtype=case.dtype,
             device=DEVICE,
-            page_tokens=max(64, case.key_group),
+            page_tokens=max(64, *(each.block_tokens for each in codecs)),
+            first_position=case.num_sinks,
         )
         for each, side, dim in zip(codecs, ("key", "value"), dims, strict=True)
     ]
     for store in stores:
         store.reserve(max(case.packed) + 1, order=torch.Generator().manual_seed(1))
         if poison:
-            store.pool.fill_(0xFF)  # NaN as fp16, and as codes
+            store.pool.fill_(0x7F)  # NaN as fp16, and a channel that exists
     for row, count in enumerate(case.packed):
         for store, dim in zip(stores, dims, strict=True):
             states = draw(1, heads, count, dim) + draw(dim)

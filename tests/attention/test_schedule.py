@@ -126,8 +126,8 @@ def test_a_schedule_says_what_it_is():
 @pytest.mark.parametrize(
     ("codec", "side", "head_dim", "rule"),
     [
-        (Affine(bits=4, symmetric=True), "key", 128, "key codec must be affine"),
-        (Affine(bits=4, parameter_dtype="float32"), "value", 128, "value codec must be affine"),
+        (Affine(bits=4, symmetric=True), "key", 128, "key codec must be one"),
+        (Affine(bits=4, parameter_dtype="float32"), "value", 128, "value codec must be one"),
         (Affine(bits=4), "key", 80, "head_dim must be one of"),
         (Affine(bits=4, granularity="per_channel", group_size=16), "key", 128, "group_size"),
         (Affine(bits=4, granularity="per_channel", group_size=32), "value", 128, "per token"),

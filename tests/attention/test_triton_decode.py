@@ -10,6 +10,8 @@ import torch
 from kernel_states import DEVICE, Case, expected, make
 
 from kvbits.attention.triton import schedule as schedules
+from kvbits.codecs import Codebook, NormScaled, Outliers, PreRope, Rotated
+from kvbits.codecs.levels import lloyd_max, normal_float
 
 pytest.importorskip("triton")
 
@@ -106,6 +108,59 @@ ATTENTIONS |= {
 }
 
 
+def looked_up(bits, *, group=0, slots=0, is_turned=False, head_dim=128, by="token"):
+    """A codebook with what may be around it."""
+    codec = Codebook(levels=normal_float(bits))
+    if group:
+        codec = Codebook(levels=normal_float(bits), granularity="per_channel", group_size=group)
+    if slots:
+        codec = Outliers(inner=codec, slots=slots, by=by)
+    if is_turned:
+        frequencies = tuple(500.0 ** (-i / (head_dim // 2)) for i in range(head_dim // 2))
+        codec = PreRope(inner=codec, frequencies=frequencies)
+    return codec
+
+
+TURBO = Rotated(inner=NormScaled(levels=lloyd_max(3)), sign_seed=1)
+LOOKED_UP = {
+    f"{bits} bits": Case(key_codec=looked_up(bits), value_codec=looked_up(bits))
+    for bits in (2, 3, 4)
+}
+LOOKED_UP |= {
+    f"KVQuant, {bits} bits": Case(
+        key_codec=looked_up(bits, group=64, slots=2, is_turned=True, by="channel"),
+        value_codec=looked_up(bits, slots=2),
+        packed=(192, 64),
+        num_sinks=1,
+        has_outliers=True,
+    )
+    for bits in (2, 3, 4)
+}
+LOOKED_UP |= {
+    "TurboQuant": Case(key_codec=TURBO, value_codec=TURBO),
+    "plain values": Case(key_codec=looked_up(4, is_turned=True), value_bits=2, value_groups=2),
+    "plain keys": Case(value_codec=looked_up(2, slots=4), key_bits=3, key_group=32,
+                       packed=(128, 64)),
+    "head_dim 64": Case(
+        head_dim=64,
+        key_codec=looked_up(4, is_turned=True, head_dim=64),
+        value_codec=looked_up(2),
+        group_queries=7,
+    ),
+    "head_dim 256": Case(
+        head_dim=256, key_codec=looked_up(3, slots=2), value_codec=looked_up(4), window=90
+    ),
+    "queries": Case(
+        key_codec=looked_up(4, group=128, slots=2, is_turned=True, by="channel"),
+        value_codec=looked_up(3, slots=2),
+        num_queries=6,
+        packed=(256, 128),
+        exact=(30, 25),
+        num_sinks=3,
+    ),
+}  # fmt: skip
+
+
 def run(case, query, states, **changes):
     return attend(query, states, case.scale, schedule=case.schedule(**changes), **case.options)
 
@@ -122,6 +177,13 @@ def test_every_layout_agrees_with_float64(case):
     assert output.dtype == case.dtype
     assert output.is_contiguous()
     assert_close(output, expected(case, query, dense), case)
+
+
+@pytest.mark.parametrize("case", LOOKED_UP.values(), ids=LOOKED_UP)
+def test_codes_that_are_looked_up_agree_with_float64(case):
+    query, states, dense = make(case, poison=True)
+    assert case.schedule().form == "table"
+    assert_close(run(case, query, states), expected(case, query, dense), case)
 
 
 @pytest.mark.parametrize("case", ATTENTIONS.values(), ids=ATTENTIONS)

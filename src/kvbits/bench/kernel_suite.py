@@ -7,11 +7,21 @@ from typing import Any
 
 import torch
 
-from kvbits.bench.kernels import Cell, CellBench, dense_times_us
+from kvbits.bench.kernels import METHODS, Cell, CellBench, dense_times_us
 from kvbits.bench.timing import ReadFloor
 
 SHAPES = ((32, 32768), (8, 32768), (1, 32768), (1, 2048))
 PAIRS = ((8, 8), (8, 4), (4, 4), (4, 2), (3, 3), (2, 2))
+METHOD_SHAPES = [
+    (SHAPES[1], 2, "hadamard"),
+    (SHAPES[1], 3, "turboquant"),
+    (SHAPES[1], 3, "kvquant"),
+    (SHAPES[1], 2, "kvquant"),
+    (SHAPES[0], 4, "kvquant"),
+    (SHAPES[2], 4, "kvquant"),
+    (SHAPES[3], 4, "kvquant"),
+    (SHAPES[3], 4, "hadamard"),
+]
 CONTEXTS = (2048, 8192, 131072)  # beside 32k, for time against context
 
 Suite = dict[str, list[Cell]]
@@ -38,6 +48,10 @@ def suites() -> Suite:
         ],
         "ragged": [Cell(32, 32768, bits, bits, shortest=0.1) for bits in (4, 2)],
         "window": [Cell(8, 32768, bits, bits, window=4096) for bits in (16, 4)],
+        "methods": [
+            *(Cell(*SHAPES[1], 4, 4, method=method) for method in METHODS),
+            *(Cell(*shape, bits, bits, method=method) for shape, bits, method in METHOD_SHAPES),
+        ],
         "contexts": [
             Cell(8, context, *pair)
             for context in CONTEXTS

@@ -6,7 +6,8 @@ residual and the schedule a user gets. Layers are rotated so that each finds its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,18 @@ from kvbits.attention.triton.decode import attend, shape_of
 from kvbits.attention.triton.launch import device_of
 from kvbits.attention.triton.schedule import Schedule
 from kvbits.bench.timing import graph_time_us, num_copies
-from kvbits.codecs import Affine, AnyCodec, Identity, packing
+from kvbits.codecs import (
+    Affine,
+    AnyCodec,
+    Codebook,
+    Identity,
+    NormScaled,
+    Outliers,
+    PreRope,
+    Rotated,
+    packing,
+)
+from kvbits.codecs.levels import lloyd_max, normal_float
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import SIDES, LayerPlan, Side
 
@@ -45,6 +57,7 @@ class Cell(NamedTuple):
         num_queries: Queries of a row.
         shortest: Tokens of the shortest row of a ragged batch, as a share of the longest.
         window: Sliding window, 0 for none.
+        method: What is around the codes: one of METHODS, or nothing.
     """
 
     batch: int
@@ -61,20 +74,22 @@ class Cell(NamedTuple):
     num_queries: int = 1
     shortest: float = 1.0
     window: int = 0
+    method: str = ""
 
     @property
     def plan(self) -> LayerPlan:
         """The layer plan the cell is about."""
-        return LayerPlan.uniform(
-            _codec(self.key_bits, self.key_group, None),
-            _codec(self.value_bits, 0, _group_size(self)),
-            residual_length=self.residual_length,
-        )
+        key = _codec(self.key_bits, self.key_group, None)
+        value = _codec(self.value_bits, 0, _group_size(self))
+        if self.method:
+            key, value = METHODS[self.method](self)
+        return LayerPlan.uniform(key, value, residual_length=self.residual_length)
 
     @property
     def name(self) -> str:
         """Widths and groups, for tables."""
-        name = f"K{self.key_bits}V{self.value_bits}"
+        name = f"{self.method} " if self.method else ""
+        name += f"K{self.key_bits}V{self.value_bits}"
         name += f" G{self.key_group}" if self.key_group else ""
         return name + (f" V{self.value_groups}" if self.value_groups > 1 else "")
 
@@ -91,6 +106,45 @@ def _codec(bits: int, key_group: int, group_size: int | None) -> AnyCodec:
             {"bits": bits, "granularity": "per_channel", "group_size": key_group}
         )
     return Affine.model_validate({"bits": bits, "group_size": group_size})
+
+
+def _hadamard(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
+    plain = cell._replace(method="").plan.groups[0]
+    return Rotated(inner=plain.key), Rotated(inner=plain.value)
+
+
+def _turboquant(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
+    return (
+        Rotated(inner=NormScaled(levels=lloyd_max(cell.key_bits)), sign_seed=0),
+        Rotated(inner=NormScaled(levels=lloyd_max(cell.value_bits)), sign_seed=0),
+    )
+
+
+def _kvquant(cell: Cell, *, slots: int = 2, is_turned: bool = True) -> tuple[AnyCodec, AnyCodec]:
+    key: AnyCodec = Codebook(
+        levels=normal_float(cell.key_bits), granularity="per_channel", group_size=128
+    )
+    value: AnyCodec = Codebook(levels=normal_float(cell.value_bits))
+    if slots:
+        key = Outliers(inner=key, slots=slots, by="channel")
+        value = Outliers(inner=value, slots=slots)
+    if is_turned:
+        pairs = cell.head_dim // 2
+        key = PreRope(
+            inner=key, frequencies=tuple(ROPE_BASE ** (-i / pairs) for i in range(pairs))
+        )
+    return key, value
+
+
+METHODS: dict[str, Callable[[Cell], tuple[AnyCodec, AnyCodec]]] = {
+    "hadamard": _hadamard,
+    "turboquant": _turboquant,
+    "nuq": partial(_kvquant, slots=0, is_turned=False),
+    "nuq, pre-rotary": partial(_kvquant, slots=0),
+    "nuq, outliers": partial(_kvquant, is_turned=False),
+    "kvquant": _kvquant,
+}
+ROPE_BASE = 500_000.0
 
 
 def row_lengths(cell: Cell) -> list[int]:
@@ -164,9 +218,15 @@ def _random_store(
         planes["codes"].normal_(generator=generator)
         return store
     planes["codes"].random_(0, 256, generator=generator)
-    scales, offsets = planes["affine"].unbind(-1)
-    scales.uniform_(0.05, 0.25, generator=generator)
-    offsets.uniform_(-1, 0, generator=generator)
+    if "affine" in planes:
+        scales, offsets = planes["affine"].unbind(-1)
+        scales.uniform_(0.05, 0.25, generator=generator)
+        offsets.uniform_(-1, 0, generator=generator)
+    for name, low, high in (("norm", 5, 20), ("outlier_value", -4, 4)):
+        if name in planes:
+            planes[name].uniform_(low, high, generator=generator)
+    if "outlier_channel" in planes:
+        planes["outlier_channel"].random_(0, cell.head_dim, generator=generator)
     return store
 
 

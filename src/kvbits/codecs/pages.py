@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -93,11 +92,6 @@ class PageStore:
     def nbytes(self) -> int:
         """Bytes allocated: all pages of the pool, free ones included, and the table."""
         return sum(chunk.records.nbytes for chunk in self._chunks) + self.table.nbytes
-
-    @functools.cached_property
-    def rotation(self) -> Tensor | None:
-        """The matrix that states are rotated by before they are stored, on the device."""
-        return self.codec.rotation(self.head_dim, self.device)
 
     @property
     def pool(self) -> Tensor:

@@ -22,10 +22,13 @@ from kvbits.attention.triton.kernels.fp16_form import attend_fp16
 from kvbits.attention.triton.kernels.int8_form import attend_int8, key_width, prepare_queries
 from kvbits.attention.triton.kernels.layout import num_segments
 from kvbits.attention.triton.kernels.merge import merge_splits, rotate_queries
+from kvbits.attention.triton.kernels.table_form import attend_table
 from kvbits.attention.triton.launch import device_of, is_interpreted, launch_options
 from kvbits.attention.triton.schedule import Schedule, Shape
+from kvbits.attention.triton.tables import count, level_bytes, phases, rotation
 from kvbits.codecs.pages import PageStore
 
+ROTATED_CHANNELS = 32  # of an output, that a program turns back
 _LOG2E = float(LOG2E.value)
 
 
@@ -92,7 +95,7 @@ def attend(
         if any(shape.key.is_rotated for shape in shapes):
             query = dense(query)
         for group, shape, plan in zip(states.groups, shapes, plans, strict=True):
-            launch = _launch_int8 if plan.form == "int8" else _launch_fp16
+            launch = _LAUNCHES[plan.form]
             rotated = _rotated(query, group.key) if shape.key.is_rotated else query
             launch(query, rotated, states, group, shape, plan, partials, options)
         return _merge(query, states, partials, plans[0].splits, sink_logits)
@@ -131,10 +134,9 @@ def _rotated(query: Tensor, store: PageStore) -> Tensor:
     rotated = torch.empty_like(query, dtype=torch.float32)
     rows = batch * num_heads * num_queries
     per_program = 1 if rows % 4 else 4
-    columns = 32
-    rotate_queries[(rows // per_program, head_dim // columns)](
+    rotate_queries[(rows // per_program, head_dim // ROTATED_CHANNELS)](
         query,
-        store.rotation,
+        rotation(store.codec, head_dim, query.device),
         rotated,
         query.stride(0),
         query.stride(1),
@@ -143,7 +145,7 @@ def _rotated(query: Tensor, store: PageStore) -> Tensor:
         NQ=num_queries,
         R=per_program,
         D=head_dim,
-        DB=columns,
+        DB=ROTATED_CHANNELS,
         num_warps=4,
         **launch_options(),
     )
@@ -227,13 +229,78 @@ def _launch_fp16(
     partials: _Partials,
     options: dict[str, object],
 ) -> None:
-    column_tiles = -(-shape.num_queries * shape.group_queries // plan.columns)
-    rows = query.shape[0] * group.key.num_heads
-    attend_fp16[(*_grid(plan, rows), column_tiles)](
+    attend_fp16[_grid_of_columns(query, group, shape, plan)](
         query,
         rotated,
         *states.arguments(group),
         *partials,
+        *_numbers(query, states, group, shape, plan, options),
+        **_constants(states, group, shape, plan, options),
+        NQ=shape.num_queries,
+        HP=plan.columns,
+        **launch_options(),
+        **_launch(plan),
+    )
+
+
+def _launch_table(
+    query: Tensor,
+    rotated: Tensor,
+    states: KernelStates,
+    group: StoreGroup,
+    shape: Shape,
+    plan: Schedule,
+    partials: _Partials,
+    options: dict[str, object],
+) -> None:
+    key, value = (
+        level_bytes(store.codec, store.head_dim, query.device)
+        for store in (group.key, group.value)
+    )
+    turning = phases(group.key.codec, query.device)
+    attend_table[_grid_of_columns(query, group, shape, plan)](
+        query,
+        rotated,
+        *states.arguments(group),
+        *partials,
+        key,
+        value,
+        key if turning is None else turning,
+        count(query.device),
+        *_numbers(query, states, group, shape, plan, options),
+        **_constants(states, group, shape, plan, options),
+        NQ=shape.num_queries,
+        HP=plan.columns,
+        K_OFFSET=shape.key.has_offset,
+        V_OFFSET=shape.value.has_offset,
+        K_SLOTS=shape.key.slots,
+        V_SLOTS=shape.value.slots,
+        IS_TURNED=turning is not None,
+        **launch_options(),
+        **_launch(plan),
+    )
+
+
+_LAUNCHES = {"int8": _launch_int8, "fp16": _launch_fp16, "table": _launch_table}
+
+
+def _grid_of_columns(
+    query: Tensor, group: StoreGroup, shape: Shape, plan: Schedule
+) -> tuple[int, int, int]:
+    column_tiles = -(-shape.num_queries * shape.group_queries // plan.columns)
+    return (*_grid(plan, query.shape[0] * group.key.num_heads), column_tiles)
+
+
+def _numbers(
+    query: Tensor,
+    states: KernelStates,
+    group: StoreGroup,
+    shape: Shape,
+    plan: Schedule,
+    options: dict[str, object],
+) -> tuple[object, ...]:
+    """Arguments that are numbers, of the forms that take several queries."""
+    return (
         options["scale"],
         options["cap"],
         plan.splits,
@@ -245,11 +312,6 @@ def _launch_fp16(
         query.stride(1),
         query.stride(2),
         states.tails[0].shape[2],
-        **_constants(states, group, shape, plan, options),
-        NQ=shape.num_queries,
-        HP=plan.columns,
-        **launch_options(),
-        **_launch(plan),
     )
 
 
@@ -306,14 +368,17 @@ def _merge(
     num_splits, value_dim = partials.log_sum.shape[2], partials.output.shape[-1]
     outputs = batch * num_heads * num_queries
     padded_splits = triton.next_power_of_2(num_splits)
+    value = states.groups[0].value
+    matrix = rotation(value.codec, value.head_dim, query.device)
     # Enough programs to fill the machine, and tiles that stay in registers.
     channels = triton.next_power_of_2(value_dim)
+    if matrix is not None:
+        channels = min(channels, ROTATED_CHANNELS)
     while channels > 16 and (
         outputs * (value_dim // channels) < 128 or padded_splits * channels > 8192
     ):
         channels //= 2
     output = query.new_empty(batch, num_queries, num_heads, value_dim)
-    matrix = states.groups[0].value.rotation
     merge_splits[(outputs, -(-value_dim // channels))](
         *partials,
         output if sink_logits is None else sink_logits,

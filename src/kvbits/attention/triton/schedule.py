@@ -40,13 +40,16 @@ MOST_RAGGED = 4
 DEPTH = 2
 SCHEDULERS = 4  # of a multiprocessor
 SHORT_SPLIT_TILES = 8  # a split of fewer tiles is mostly start and end
+SHORT_TOKENS = 34_000  # a tile of 64 for every scheduler
 SMALL_TILE_BYTES = 5_000  # 2-bit keys and values
 PROGRAM_BYTES = 3_500  # of shared memory, beside the tiles it loads ahead
 WELL_FILLED = 0.9
 MOST_WAVES = 3
+MOST_LEVEL_BITS = 4  # a byte permute takes its table from registers
+LEAST_FIELD = 16  # what a step of the matrix unit takes
 LEAST_TILES = 6  # of a program, where there are more of them than run at a time
 
-Form = Literal["int8", "fp16"]
+Form = Literal["int8", "fp16", "table"]
 
 
 class Device(NamedTuple):
@@ -93,7 +96,18 @@ class SideShape(NamedTuple):
     def token_bytes(self) -> int:
         """Bytes of one token and head, scales included."""
         pairs = self.head_dim / self.key_group if self.key_group else self.groups
-        return round(self.head_dim * self.bits / 8 + (4 * pairs if self.bits < 16 else 0))
+        scales = (4 if self.has_offset else 2) * pairs if self.bits < 16 else 0
+        return round(self.head_dim * self.bits / 8 + scales + 3 * self.slots)
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether only the form that looks codes up reads it."""
+        return self.has_levels or self.slots > 0 or self.rotary_pairs > 0
+
+    @property
+    def field(self) -> int:
+        """Channels in a row of bytes that hold one code of every byte (3 bits: of three)."""
+        return self.head_dim * self.bits // 8 if self.bits != 3 else self.head_dim // 8
 
 
 class Shape(NamedTuple):
@@ -121,6 +135,11 @@ class Shape(NamedTuple):
     exact_tokens: int
     is_ring: bool = True
     mean_tokens: int | None = None
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether a side needs the form that looks codes up."""
+        return self.key.is_looked_up or self.value.is_looked_up
 
 
 class Schedule(NamedTuple):
@@ -156,17 +175,20 @@ class Schedule(NamedTuple):
 
 
 def side_shape(codec: Codec, head_dim: int) -> SideShape | None:
-    """The shape of a codec's storage, or None where no kernel knows it."""
+    """The shape of a codec's storage, or None where no kernel knows it.
+
+    Kernels undo wrappers in one order: outliers, the rotary embedding, a rotation.
+    """
+    is_rotated = isinstance(codec, Rotated)
     if isinstance(codec, Rotated):
-        inner = side_shape(codec.inner, head_dim)
-        return inner and inner._replace(is_rotated=True)
+        codec = codec.inner
+    pairs = slots = 0
     if isinstance(codec, PreRope):
-        inner = side_shape(codec.inner, head_dim)
-        return inner and inner._replace(rotary_pairs=len(codec.frequencies))
+        pairs, codec = len(codec.frequencies), codec.inner
     if isinstance(codec, Outliers):
-        inner = side_shape(codec.inner, head_dim)
-        return inner and inner._replace(slots=codec.slots)
-    return _leaf_shape(codec, head_dim)
+        slots, codec = codec.slots, codec.inner
+    shape = _leaf_shape(codec, head_dim)
+    return shape and shape._replace(is_rotated=is_rotated, rotary_pairs=pairs, slots=slots)
 
 
 def _leaf_shape(codec: Codec, head_dim: int) -> SideShape | None:
@@ -193,11 +215,8 @@ def supported_shape(codec: Codec, head_dim: int) -> SideShape:
 def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
     """Why no kernel reads or writes this side, or None if one does."""
     shape = side_shape(codec, head_dim)
-    if shape is None or shape.has_levels or shape.slots or shape.rotary_pairs:
-        return (
-            f"{side} codec must be exact or affine with float16 scale and offset, rotated or not, "
-            f"got {codec.summary}"
-        )
+    if shape is None:
+        return f"{side} codec must be one that kernels know, got {codec.summary}"
     if head_dim not in HEAD_DIMS:
         return f"head_dim must be one of {HEAD_DIMS}, got {head_dim}"
     if shape.key_group:
@@ -221,6 +240,12 @@ def unsupported(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> str 
         return f"flush must be 'joint', got {plan.flush!r}"
     if plan.quantum & (plan.quantum - 1):
         return f"key and value blocks must fit in a power of two of tokens, got {plan.quantum}"
+    for group in plan.groups:
+        reason = _unsupported_lookup(
+            side_shape(group.key, key_head_dim), side_shape(group.value, value_head_dim)
+        )
+        if reason:
+            return reason
     if len({_rotation(group.value) for group in plan.groups}) > 1:
         return "head groups must share the rotation of values, got several"  # merged together
     for group in plan.groups:
@@ -231,12 +256,38 @@ def unsupported(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> str 
     return None
 
 
+def _unsupported_lookup(key: SideShape | None, value: SideShape | None) -> str | None:
+    """Why the form that looks codes up cannot run, if a side needs it; or None."""
+    if key is None or value is None or not (key.is_looked_up or value.is_looked_up):
+        return None
+    for name, shape in (("key", key), ("value", value)):
+        if shape.bits > MOST_LEVEL_BITS:
+            return f"{name} codes must have 2, 3 or 4 bits beside levels, got {shape.bits}"
+        if shape.field < LEAST_FIELD:
+            return (
+                f"{name} codes of one place in a byte must be at least {LEAST_FIELD} channels, "
+                f"got {shape.field}"
+            )
+        if shape.groups * shape.field > shape.head_dim:
+            return (
+                f"scales of a {name} must be at most {shape.head_dim // shape.field} beside "
+                f"levels, got {shape.groups}"
+            )
+    if key.rotary_pairs and 2 * key.rotary_pairs != key.head_dim:
+        return (
+            f"the rotary embedding must turn all {key.head_dim} channels, "
+            f"got {2 * key.rotary_pairs}"
+        )
+    return None
+
+
 def is_writable(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> bool:
     """Whether kernels encode the states of a layer that they can read."""
     return not any(
-        supported_shape(group.codec(side), head_dim).is_rotated
+        shape.is_rotated or shape.is_looked_up
         for group in plan.groups
         for side, head_dim in zip(SIDES, (key_head_dim, value_head_dim), strict=True)
+        if (shape := supported_shape(group.codec(side), head_dim))
     )
 
 
@@ -311,6 +362,8 @@ def decode_shapes(
 
 
 def _form(shape: Shape) -> Form:
+    if shape.is_looked_up:
+        return "table"
     is_packed = max(shape.key.bits, shape.value.bits) < 16
     # Per-channel scales multiply the query, and 3 bits are three planes: in fp16 the first take a
     # trip through shared memory, and the second more instructions.
@@ -322,9 +375,16 @@ def _form(shape: Shape) -> Form:
 
 def _tile(shape: Shape) -> int:
     group = shape.key.key_group
-    if group == 128 and shape.num_queries == 1:
+    if shape.is_looked_up and not _is_short(shape) and 3 not in (shape.key.bits, shape.value.bits):
+        return TILE_TOKENS // 2  # whose levels one warp holds
+    if group == 128 and not shape.is_looked_up and shape.num_queries == 1:
         return 128  # a group's scales are applied to the query once
     return min(TILE_TOKENS, group) if group else TILE_TOKENS
+
+
+def _is_short(shape: Shape) -> bool:
+    """Whether one warp a tile would leave schedulers without any."""
+    return shape.rows * shape.num_tokens < SHORT_TOKENS
 
 
 def _columns(shape: Shape, form: Form) -> int:
@@ -335,6 +395,8 @@ def _columns(shape: Shape, form: Form) -> int:
 
 
 def _warps(shape: Shape) -> int:
+    if shape.is_looked_up:
+        return min(4, shape.value.field // LEAST_FIELD) if _is_short(shape) else 1
     if shape.num_queries > 1:
         return 4
     return 2 if min(shape.key.bits, shape.value.bits) == 16 else 1
@@ -365,6 +427,8 @@ def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int
     """Programs whose registers a multiprocessor has at a time, as compiled for an H200."""
     if shape.num_queries > 1:
         return 3 if columns <= 16 else 2
+    if form == "table":
+        return 2 * SCHEDULERS // _warps(shape)
     is_wide = form == "fp16" or columns > INT8_QUERIES
     is_narrow = form == "fp16" and max(shape.key.bits, shape.value.bits) == 2
     is_large = tile == 128 or shape.key.head_dim > 128 or (is_wide and not is_narrow)

@@ -1,0 +1,626 @@
+"""Attention over codes that name levels of a table, with outliers apart and keys before rotation.
+
+A level is two bytes, and a byte permute looks four of them up at once: its selector is the codes
+as they lie in a byte, its table two registers. High and low bytes are looked up apart and come
+together as pairs of fp16, which scale and offset, outliers and the rotary embedding then treat as
+pairs. Tiles are exact to fp16 before they enter the matrix unit.
+
+Keys stored before the rotary embedding have to be turned by their position: by that within the
+tile from a table that stays in registers, while the query is turned back by that of the tile.
+Phases are 64-bit fractions of a turn, so that a product with a position wraps without an error.
+
+Rows of a key tile are taken in the token order of a value page, so probabilities are in that order
+from the start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from kvbits.attention.triton.kernels.common import (
+    NOTHING,
+    attend_exact,
+    page_offset,
+    row_lengths,
+    soft_capped,
+    store_partial,
+    tiles_of_split,
+)
+from kvbits.attention.triton.kernels.fp16_form import P_SHIFT, by_eight
+from kvbits.attention.triton.kernels.layout import padded, row_bytes
+
+TURN = tl.constexpr(6.283185307179586 / 4294967296.0)  # radians in 2**-32 of a turn
+
+
+@triton.constexpr_function
+def num_fields(bits: Any) -> Any:
+    """Codes of a byte, or of three planes' bytes: runs of channels of one width."""
+    return 8 if bits == 3 else 8 // bits
+
+
+@triton.constexpr_function
+def field_width(bits: Any, head_dim: Any) -> Any:
+    """Channels of a field."""
+    return head_dim // num_fields(bits)
+
+
+@triton.constexpr_function
+def lookup_code(bits: Any) -> Any:
+    """PTX that turns four bytes (of each plane) into the fp16 levels of their codes.
+
+    A selector has a code in every half byte; fields 2 i and 2 i + 1 come out of one.
+    """
+    outputs = 2 * num_fields(bits)
+    num_planes = 3 if bits == 3 else 1
+    words = 1 << (bits - 2)  # registers of high bytes, as many of low ones
+    first = outputs + num_planes
+    high = [f"${first + 4 * i}" for i in range(words)]
+    low = [f"${first + 4 * (words + i)}" for i in range(words)]
+    planes = [f"x{i}" for i in range(num_planes)]
+    lines = [".reg .b32 x0, x1, x2, s, t, m, k, a, b, h, l, zero, ones;"]
+    lines += [f"xor.b32 {x}, ${outputs + i}, 0x80808080;" for i, x in enumerate(planes)]
+    lines += ["mov.b32 zero, 0;", "mov.b32 ones, 0xFFFFFFFF;"] if bits == 4 else []
+
+    def choose(field, pair):
+        """Levels of two fields from the selector in s, for four bytes."""
+        for half in range(2):
+            if bits == 4:
+                lines.append("prmt.b32 k, zero, ones, m;")  # bytes of ones where a code has bit 3
+            for name, table in (("h", high), ("l", low)):
+                if bits == 4:
+                    lines.append(f"prmt.b32 a, {table[0]}, {table[1]}, s;")
+                    lines.append(f"prmt.b32 b, {table[2]}, {table[3]}, s;")
+                    lines.append(f"lop3.b32 {name}, a, b, k, 0xD8;")  # k ? b : a
+                else:
+                    lines.append(f"prmt.b32 {name}, {table[0]}, {table[-1]}, s;")
+            lines.append(f"prmt.b32 ${2 * field + half}, l, h, 0x6240;")
+            lines.append(f"prmt.b32 ${2 * pair + half}, l, h, 0x7351;")
+            if half == 0:
+                lines.append("shr.u32 s, s, 16;")
+                if bits == 4:
+                    lines.append("shr.u32 m, m, 16;")
+
+    if bits == 4:
+        lines += ["and.b32 s, x0, 0x77777777;", "shr.u32 m, x0, 1;"]
+        lines += ["and.b32 m, m, 0x44444444;"]
+        choose(0, 1)
+    elif bits == 2:
+        lines.append("and.b32 s, x0, 0x33333333;")
+        choose(0, 2)
+        lines += ["shr.u32 s, x0, 2;", "and.b32 s, s, 0x33333333;"]
+        choose(1, 3)
+    else:  # planes in the order P0, P2, P1: channels 0, 1 | 4, 5 | 2, 3 and bits of 6 and 7
+        for plane, field in enumerate((0, 4, 2)):
+            lines += [f"shl.b32 t, x{plane}, 1;", "and.b32 t, t, 0x70707070;"]
+            lines += [f"and.b32 s, x{plane}, 0x07070707;", "or.b32 s, s, t;"]
+            choose(field, field + 1)
+        lines.append("mov.b32 s, 0;")
+        for plane, shift, mask in ((0, 6, 0x03), (2, 4, 0x04), (1, 1, 0x60), (2, 3, 0x10)):
+            lines += [f"shr.u32 t, x{plane}, {shift};", f"and.b32 t, t, {mask * 0x01010101};"]
+            lines.append("or.b32 s, s, t;")
+        choose(6, 7)
+    return "{" + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
+def lookup_constraints(bits: Any) -> Any:
+    """Outputs, planes, and every word of the table four times: once for each of four bytes."""
+    outputs = 2 * num_fields(bits)
+    inputs = (3 if bits == 3 else 1) + 4 * 2 * (1 << (bits - 2))
+    return ",".join(["=r"] * outputs + ["r"] * inputs)
+
+
+@triton.constexpr_function
+def halves(count: Any) -> Any:
+    """So many fp16 results."""
+    return (tl.float16,) * count
+
+
+@triton.jit
+def level_of(b_c, LEVELS, N: tl.constexpr):
+    """The fp16 level of every code, without byte permutes."""
+    b_h = tl.load(LEVELS + b_c).to(tl.int16) << 8
+    b_l = tl.load(LEVELS + N + b_c).to(tl.int16) & 0xFF
+    return (b_h | b_l).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def table_words(LEVELS, BITS: tl.constexpr, COMPILED: tl.constexpr):
+    """The table of ``levels_of`` in registers, ``[1, 1]`` each.
+
+    By way of a shuffle: a byte permute takes no two of the registers that all lanes share, which
+    is where the compiler would keep them.
+    """
+    p_t = LEVELS.to(tl.pointer_type(tl.int32))
+    b_t = ()
+    for i in tl.static_range((1 << BITS) // 2):
+        b_x = tl.load(p_t + i + tl.zeros([1, 1], tl.int32))
+        if COMPILED:
+            b_x = tl.inline_asm_elementwise(
+                "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;",
+                "=r,r",
+                [b_x],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        b_t = b_t + (b_x,)
+    return b_t
+
+
+@triton.jit
+def levels_of(b_w, b_t, LEVELS, BITS: tl.constexpr, COMPILED: tl.constexpr):
+    """Fields of levels, fp16, of bytes: one tile, or three planes of 3 bits.
+
+    LEVELS: int8, the high bytes of all levels and then the low ones; ``b_t``: the same.
+    """
+    N: tl.constexpr = 1 << BITS
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            lookup_code(BITS),
+            lookup_constraints(BITS),
+            b_w + b_t,
+            dtype=halves(num_fields(BITS)),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        b_f = ()
+        if BITS == 3:
+            b_0 = (b_w[0] ^ -128).to(tl.int32) & 0xFF
+            b_2 = (b_w[1] ^ -128).to(tl.int32) & 0xFF
+            b_1 = (b_w[2] ^ -128).to(tl.int32) & 0xFF
+            b_f = b_f + (level_of(b_0 & 7, LEVELS, N), level_of(b_0 >> 3 & 7, LEVELS, N))
+            b_f = b_f + (level_of(b_1 & 7, LEVELS, N), level_of(b_1 >> 3 & 7, LEVELS, N))
+            b_f = b_f + (level_of(b_2 & 7, LEVELS, N), level_of(b_2 >> 3 & 7, LEVELS, N))
+            b_f = b_f + (level_of(b_0 >> 6 | (b_1 >> 4 & 4), LEVELS, N),)
+            b_f = b_f + (level_of((b_2 >> 6) * 2 | b_1 >> 7, LEVELS, N),)
+        else:
+            b_x = (b_w[0] ^ -128).to(tl.int32) & 0xFF
+            for k in tl.static_range(num_fields(BITS)):
+                b_f = b_f + (level_of(b_x >> (k * BITS) & (N - 1), LEVELS, N),)
+        return b_f
+
+
+@triton.jit
+def scaled(b_x, b_s, b_z, COMPILED: tl.constexpr):
+    """``x * s + z`` of fp16 pairs."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [b_x, b_s, b_z],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (b_x.to(tl.float32) * b_s + b_z).to(tl.float16)
+
+
+@triton.jit
+def patched(b_x, b_at, b_c, b_d, COMPILED: tl.constexpr):
+    """``x + d`` where ``at == c``, of fp16 pairs."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t; set.eq.f16x2.f16x2 t, $2, $3; fma.rn.f16x2 $0, t, $4, $1;}",
+            "=r,r,r,r,r",
+            [b_x, b_at, b_c, b_d],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (b_x + tl.where(b_at == b_c, b_d, 0.0)).to(tl.float16)
+
+
+@triton.constexpr_function
+def turning_code(is_high: Any) -> Any:
+    """PTX of one channel of turned pairs."""
+    sign = "" if is_high else "neg.f16x2 t, t; "
+    return "{.reg .b32 t; mul.rn.f16x2 t, $2, $4; " + sign + "fma.rn.f16x2 $0, $1, $3, t;}"
+
+
+@triton.jit
+def turned(b_x, b_y, b_cos, b_sin, IS_HIGH: tl.constexpr, COMPILED: tl.constexpr):
+    """One channel x of pairs with y, turned by an angle; the high one is ahead of the low one.
+
+    Channels one by one: a conversion to an operand's layout is not moved past two results.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            turning_code(IS_HIGH),
+            "=r,r,r,r,r",
+            [b_x, b_y, b_cos, b_sin],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        b_t = b_y.to(tl.float32) * b_sin
+        return (b_x.to(tl.float32) * b_cos + (b_t if IS_HIGH else -b_t)).to(tl.float16)
+
+
+@triton.jit
+def is_at(b_at, b_c, COMPILED: tl.constexpr):
+    """1 where ``at == c``, else 0, of fp16 pairs."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "set.eq.f16x2.f16x2 $0, $1, $2;",
+            "=r,r,r",
+            [b_at, b_c],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.where(b_at == b_c, 1.0, 0.0).to(tl.float16)
+
+
+@triton.jit
+def cos_sin(b_turns, COMPILED: tl.constexpr):
+    """Cosine and sine of int32 angles in 2**-32 of a turn."""
+    b_x = b_turns.to(tl.float32) * TURN
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "cos.approx.f32 $0, $2; sin.approx.f32 $1, $2;",
+            "=&f,=&f,f",
+            [b_x],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.cos(b_x), tl.sin(b_x)
+
+
+@triton.jit
+def low16(pair):
+    """Scale of (scale, offset) pairs read as int32, as it is stored."""
+    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def high16(pair):
+    """Offset of (scale, offset) pairs read as int32, as it is stored."""
+    return (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def channel_of(b_pair, HALF: tl.constexpr, FIRST: tl.constexpr):
+    """Channel of one of two outliers, counted from FIRST, as the fp16 number its bits spell."""
+    b_c = ((b_pair >> (8 * HALF)) & 0xFF) - FIRST
+    return b_c.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def lane_order(b_p, BN: tl.constexpr, HP: tl.constexpr):
+    """Rows ``[BN, HP]`` in token order to the order of a value page."""
+    b_p = tl.permute(tl.reshape(b_p, [BN // 32, 4, 8, HP]), (0, 2, 1, 3))
+    return tl.reshape(b_p, [BN, HP])
+
+
+@triton.jit
+def token_scales(p_params, place, mask, HAS_OFFSET: tl.constexpr):
+    """Scale and offset of tokens; a side without offsets has scales alone."""
+    if HAS_OFFSET:
+        b_pair = tl.load(p_params.to(tl.pointer_type(tl.int32)) + place, mask=mask, other=0)
+        return low16(b_pair), high16(b_pair)
+    else:
+        b_s = tl.load(p_params.to(tl.pointer_type(tl.float16)) + place, mask=mask, other=0.0)
+        return b_s, tl.zeros(b_s.shape, tl.float16)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_splits",
+        "num_exact_splits",
+        "k_stride",
+        "v_stride",
+        "per_split",
+        "tail_columns",
+    ]
+)
+def attend_table(
+    Q,
+    QR,
+    K_POOL,
+    V_POOL,
+    K_TABLE,
+    V_TABLE,
+    SINK_K,
+    SINK_V,
+    TAIL_K,
+    TAIL_V,
+    HEADS,
+    CLOCK,
+    PADDING,
+    FLOOR,
+    PO,
+    PM,
+    K_LEVELS,
+    V_LEVELS,
+    PHASES,
+    COUNT,
+    scale,
+    cap,
+    num_splits,
+    num_exact_splits,
+    per_split,
+    k_stride,
+    v_stride,
+    sq_b,
+    sq_h,
+    sq_t,
+    tail_columns,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    KB: tl.constexpr,
+    VB: tl.constexpr,
+    G: tl.constexpr,
+    VG: tl.constexpr,
+    PAGE: tl.constexpr,
+    GQ: tl.constexpr,
+    NQ: tl.constexpr,
+    HP: tl.constexpr,
+    BN: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    QUANTUM: tl.constexpr,
+    HELD: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    K_OFFSET: tl.constexpr,
+    V_OFFSET: tl.constexpr,
+    K_SLOTS: tl.constexpr,
+    V_SLOTS: tl.constexpr,
+    IS_TURNED: tl.constexpr,
+    COMPILED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Attend NQ queries of every row to some of its tokens; grid (B * HS, splits, column tiles).
+
+    As ``attend_fp16``. K_LEVELS, V_LEVELS: see ``levels_of``. PHASES: int64 ``[DK / 2]``, turns a
+    token in units of 2**-64. COUNT: int16, the numbers from 0. K_OFFSET: whether key scales have
+    an offset; K_SLOTS: outliers of a key; IS_TURNED: whether keys are stored as before the rotary
+    embedding.
+    """
+    i_bh = tl.program_id(0)
+    i_s = tl.program_id(1)
+    i_b = i_bh // HS
+    i_hs = i_bh % HS  # head in the store; i_h is the same head in the layer
+    i_c = tl.program_id(2)
+    i_h = i_hs
+    if HAS_HEADS:
+        i_h = tl.load(HEADS + i_hs)
+    i_row = (i_b * H + i_h).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    length, packed = row_lengths(CLOCK, PADDING, FLOOR, i_b, S, R, QUANTUM, HELD)
+    p_query = Q + i_b.to(tl.int64) * sq_b + i_h * GQ * sq_h
+    o_c = i_c * HP + tl.arange(0, HP)
+    m_c = o_c < NQ * GQ
+    p_part = (i_row * (num_splits + num_exact_splits) + i_s) * (NQ * GQ)
+    if i_s >= num_splits:
+        capacity = tail_columns
+        shift = tail_columns - length
+        if CAP > 0:
+            capacity = CAP
+        b_m, b_l, b_o = attend_exact(
+            p_query,
+            SINK_K + i_row * (S * DK),
+            SINK_V + i_row * (S * DV),
+            TAIL_K + i_row * capacity * DK,
+            TAIL_V + i_row * capacity * DV,
+            length,
+            packed,
+            i_s - num_splits,
+            num_exact_splits,
+            sq_h,
+            sq_t,
+            DK,
+            DV,
+            shift,
+            scale,
+            cap,
+            i_c,
+            DK,
+            DV,
+            GQ,
+            NQ,
+            HP,
+            S,
+            CAP,
+            WINDOW,
+            SOFTCAP,
+            COMPILED,
+        )
+        o_d = tl.arange(0, padded(DV, 16))
+        store_partial(PO, PM, b_m, b_l, b_o, p_part, o_d, o_d < DV, o_c, m_c, DV)
+        return
+
+    KR: tl.constexpr = row_bytes(KB, DK)
+    VR: tl.constexpr = row_bytes(VB, DV)
+    KF: tl.constexpr = num_fields(KB)
+    VF: tl.constexpr = num_fields(VB)
+    KW: tl.constexpr = field_width(KB, DK)
+    VW: tl.constexpr = field_width(VB, DV)
+    K_PARAMS: tl.constexpr = (2 if K_OFFSET else 1) * (PAGE if G == 0 else PAGE // G * DK)
+    V_PARAMS: tl.constexpr = (2 if V_OFFSET else 1) * VG * PAGE
+    o_n = tl.arange(0, BN)
+    o_k = tl.arange(0, KW)
+    o_v = tl.arange(0, VW)
+    b_ok = tl.load(COUNT + o_k).to(tl.float16, bitcast=True)
+    b_ov = tl.load(COUNT + o_v).to(tl.float16, bitcast=True)
+    p_q = QR + i_b.to(tl.int64) * sq_b + i_h * GQ * sq_h
+    p_q += (o_c % GQ) * sq_h + (o_c // GQ) * sq_t
+    b_q = ()
+    for j in tl.static_range(KF):
+        p_q2 = p_q[None, :] + (j * KW + o_k)[:, None]
+        b_q = b_q + (tl.load(p_q2, mask=m_c[None, :], other=0.0).to(tl.float32),)
+    b_phase = ()
+    b_cos = ()
+    b_sin = ()
+    if IS_TURNED:
+        b_on = tl.load(COUNT + o_n).to(tl.int32)
+        for j in tl.static_range(KF // 2):
+            p_phase = PHASES + j * KW + o_k
+            b_phase = b_phase + (tl.load(p_phase),)
+            b_turn = tl.load(p_phase.to(tl.pointer_type(tl.int32)) + 1)
+            b_kc, b_ks = cos_sin(b_on[:, None] * b_turn[None, :], COMPILED)
+            b_cos = b_cos + (b_kc.to(tl.float16),)
+            b_sin = b_sin + (b_ks.to(tl.float16),)
+
+    b_acc = ()
+    for j in tl.static_range(VF):
+        b_acc = b_acc + (tl.zeros([VW, HP], tl.float32),)
+    b_m = tl.full([HP], NOTHING, tl.float32)
+    b_l = tl.zeros([8, HP], tl.float32)
+    b_z = ()
+    for g in tl.static_range(VG):
+        b_z = b_z + (tl.zeros([8, HP], tl.float32),)
+    b_kt = table_words(K_LEVELS, KB, COMPILED)
+    b_vt = table_words(V_LEVELS, VB, COMPILED)
+    top = 1e-20  # largest scale or outlier of values so far: products with it stay within fp16
+
+    begin, step, num_tiles = tiles_of_split(
+        i_s, length - NQ + 1, packed, per_split, num_splits, BN, S, WINDOW
+    )  # from the window of the first query on
+    K_TABLE += i_b.to(tl.int64) * k_stride
+    V_TABLE += i_b.to(tl.int64) * v_stride
+    for t in range(begin, num_tiles, step):
+        n = t * BN
+        m_n = o_n < packed - n
+        k_page = page_offset(K_TABLE, k_stride, t, BN, PAGE)
+        v_page = page_offset(V_TABLE, v_stride, t, BN, PAGE)
+        at = t % (PAGE // BN) * BN
+        p_k = K_POOL + k_page * 16 + (i_hs * PAGE + at) * KR
+        p_v = V_POOL + v_page * 16 + i_hs * (PAGE * VR) + at
+        p_ks = K_POOL + k_page * 16 + HS * PAGE * KR
+        p_vs = V_POOL + v_page * 16 + HS * PAGE * VR
+        p_kw = p_k + o_n[:, None] * KR + tl.arange(0, KW)[None, :]
+        if KB == 3:
+            b_kw = (tl.load(p_kw), tl.load(p_kw + KW), tl.load(p_kw + 2 * KW))
+        else:
+            b_kw = (tl.load(p_kw),)
+        b_k = levels_of(b_kw, b_kt, K_LEVELS, KB, COMPILED)
+        if G == 0:
+            b_scale, b_offset = token_scales(p_ks + i_hs * (2 * K_PARAMS), at + o_n, m_n, K_OFFSET)
+        b_scaled = ()
+        for j in tl.static_range(KF):
+            if G == 0:
+                b_x = scaled(b_k[j], b_scale[:, None], b_offset[:, None], COMPILED)
+            else:
+                p_group = p_ks.to(tl.pointer_type(tl.int32)) + i_hs * (K_PARAMS // 2)
+                b_pair = tl.load(p_group + at // G * DK + j * KW + o_k)
+                b_x = scaled(b_k[j], low16(b_pair)[None, :], high16(b_pair)[None, :], COMPILED)
+            b_scaled = b_scaled + (b_x,)
+        p_channel = p_ks + HS * (2 * K_PARAMS)
+        p_value = p_channel + HS * PAGE * K_SLOTS
+        for i in tl.static_range(K_SLOTS // 2):
+            place = (i_hs * PAGE + at + o_n) * (K_SLOTS // 2) + i
+            b_pair = tl.load(p_channel.to(tl.pointer_type(tl.int16)) + place)
+            b_value = tl.load(p_value.to(tl.pointer_type(tl.int32)) + place, mask=m_n, other=0)
+            for half in tl.static_range(2):
+                b_d = high16(b_value) if half else low16(b_value)
+                b_new = ()
+                for j in tl.static_range(KF):
+                    b_c = channel_of(b_pair, half, j * KW)
+                    b_x = patched(b_scaled[j], b_ok[None, :], b_c[:, None], b_d[:, None], COMPILED)
+                    b_new = b_new + (b_x,)
+                b_scaled = b_new
+        b_s = tl.zeros([BN, HP], tl.float32)
+        if IS_TURNED:
+            for j in tl.static_range(KF // 2):
+                b_turns = (((S + n).to(tl.int64) * b_phase[j]) >> 32).to(tl.int32)
+                b_tc, b_ts = cos_sin(b_turns, COMPILED)
+                b_q0 = b_q[j] * b_tc[:, None] + b_q[j + KF // 2] * b_ts[:, None]
+                b_q1 = b_q[j + KF // 2] * b_tc[:, None] - b_q[j] * b_ts[:, None]
+                b_low, b_high = b_scaled[j], b_scaled[j + KF // 2]
+                b_k0 = turned(b_low, b_high, b_cos[j], b_sin[j], False, COMPILED)
+                b_k1 = turned(b_high, b_low, b_cos[j], b_sin[j], True, COMPILED)
+                b_s = tl.dot(b_k0, b_q0.to(tl.float16), b_s)
+                b_s = tl.dot(b_k1, b_q1.to(tl.float16), b_s)
+        else:
+            for j in tl.static_range(KF):
+                b_s = tl.dot(b_scaled[j], b_q[j].to(tl.float16), b_s)
+        b_s *= scale
+        if SOFTCAP:
+            b_s = soft_capped(b_s, cap)
+        m_s = m_n[:, None]
+        if WINDOW > 0:
+            own = length - NQ + o_c // GQ - S - n
+            m_s = m_s & (o_n[:, None] > own[None, :] - WINDOW)
+        b_s = tl.where(m_s, b_s, NOTHING)
+
+        b_new = tl.maximum(b_m, tl.max(b_s, 0))
+        b_a = tl.math.exp2(b_m - b_new)[None, :]
+        b_m = b_new
+        b_p = tl.math.exp2(b_s - (b_new - P_SHIFT)[None, :])
+        if WINDOW > 0:
+            b_p = tl.where(m_s, b_p, 0.0)
+        b_l = b_l * b_a + by_eight(b_p, BN, HP)
+
+        p_channel = p_vs + HS * (2 * V_PARAMS)
+        p_value = p_channel + HS * PAGE * V_SLOTS
+        b_largest = tl.zeros([BN], tl.float32)
+        b_scales = ()
+        b_z_new = ()
+        for g in tl.static_range(VG):
+            b_vs, b_vz = token_scales(p_vs, (i_hs * VG + g) * PAGE + at + o_n, m_n, V_OFFSET)
+            b_vs = b_vs.to(tl.float32)
+            b_scales = b_scales + (b_vs,)
+            b_largest = tl.maximum(b_largest, b_vs)
+            b_pz = by_eight(b_p * b_vz.to(tl.float32)[:, None], BN, HP)
+            b_z_new = b_z_new + (b_z[g] * b_a + b_pz,)
+        b_z = b_z_new
+        b_values = ()
+        for i in tl.static_range(V_SLOTS // 2):
+            place = (i_hs * PAGE + at + o_n) * (V_SLOTS // 2) + i
+            b_value = tl.load(p_value.to(tl.pointer_type(tl.int32)) + place, mask=m_n, other=0)
+            for half in tl.static_range(2):
+                b_d = (high16(b_value) if half else low16(b_value)).to(tl.float32)
+                b_values = b_values + (b_d,)
+                b_largest = tl.maximum(b_largest, tl.abs(b_d))
+        b_top = tl.maximum(top, tl.max(b_largest, 0))
+        b_shrink = b_a * (top / b_top)
+        top = b_top
+        b_pv = ()
+        for g in tl.static_range(VG):
+            b_x = (b_p * (b_scales[g] * (1 / top))[:, None]).to(tl.float16)
+            b_pv = b_pv + (lane_order(b_x, BN, HP),)
+        b_pd = ()
+        for i in tl.static_range(V_SLOTS):
+            b_pd = b_pd + ((b_p * (b_values[i] * (1 / top))[:, None]).to(tl.float16),)
+        p_vw = p_v + o_v[:, None] * PAGE + o_n[None, :]
+        if VB == 3:
+            b_vw = (tl.load(p_vw), tl.load(p_vw + VW * PAGE), tl.load(p_vw + 2 * VW * PAGE))
+        else:
+            b_vw = (tl.load(p_vw),)
+        b_v = levels_of(b_vw, b_vt, V_LEVELS, VB, COMPILED)
+        b_acc_new = ()
+        for j in tl.static_range(VF):
+            b_o = tl.dot(b_v[j], b_pv[j * VG // VF], b_acc[j] * b_shrink)
+            for i in tl.static_range(V_SLOTS):
+                place = (i_hs * PAGE + at + o_n) * (V_SLOTS // 2) + i // 2
+                b_pair = tl.load(p_channel.to(tl.pointer_type(tl.int16)) + place)
+                b_c = channel_of(b_pair, i % 2, j * VW)
+                b_o = tl.dot(is_at(b_ov[:, None], b_c[None, :], COMPILED), b_pd[i], b_o)
+            b_acc_new = b_acc_new + (b_o,)
+        b_acc = b_acc_new
+
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    b_sum = tl.sum(b_l, 0)
+    b_m -= P_SHIFT
+    for j in tl.static_range(VF):
+        b_o = b_acc[j] * top + tl.sum(b_z[j * VG // VF], 0)[None, :]
+        o_d = j * VW + o_v
+        store_partial(PO, PM, b_m, b_sum, b_o, p_part, o_d, o_v < VW, o_c, m_c, DV)
