@@ -9,6 +9,8 @@ from kernel_states import DEVICE, codec
 pytest.importorskip("triton")
 
 from kvbits.attention.triton.quantize import append_prompt
+from kvbits.codecs import Affine, Codebook, NormScaled, Outliers, Rotated
+from kvbits.codecs.levels import lloyd_max, normal_float
 from kvbits.codecs.pages import PageStore
 
 CODECS = {
@@ -24,6 +26,48 @@ CODECS = {
         ("key", 128, 16, 0, None), ("value", 64, 16, 0, None),
     )
 }  # fmt: skip
+
+
+def levels(bits, group_size=None, **settings):
+    return Codebook(levels=normal_float(bits), group_size=group_size, **settings)
+
+
+def channel_levels(bits, group_size):
+    moved = tuple(0.97 * level + 0.01 for level in normal_float(bits))
+    return levels(bits, group_size, granularity="per_channel", decoded_levels=moved)
+
+
+def turbo(bits, **settings):
+    return Rotated(inner=NormScaled(levels=lloyd_max(bits), **settings), sign_seed=bits)
+
+
+def outliers(inner, slots=2, by="token"):
+    return Outliers(inner=inner, slots=slots, by=by)
+
+
+WRAPPED = {
+    "rotated-4": ("key", 128, codec(4, is_rotated=True)),
+    "rotated-3-channel": ("key", 64, codec(3, 32, is_rotated=True)),
+    "rotated-2-groups": ("value", 64, Rotated(inner=Affine(bits=2, group_size=16))),
+    "rotated-8-wide": ("value", 256, codec(8, is_rotated=True)),
+    "levels-2": ("key", 96, levels(2)),
+    "levels-3-odd": ("value", 96, levels(3)),
+    "levels-4-groups": ("value", 128, levels(4, 32)),
+    "levels-3-groups": ("value", 64, levels(3, 32)),
+    "levels-4-channel": ("key", 64, channel_levels(4, 64)),
+    "levels-2-channel": ("key", 96, channel_levels(2, 32)),
+    "turbo-4": ("key", 128, turbo(4)),
+    "turbo-3": ("value", 64, turbo(3)),
+    "turbo-2-uncorrected": ("value", 128, turbo(2, is_corrected=False)),
+    "norm-3-odd": ("key", 96, NormScaled(levels=lloyd_max(3))),
+    "outliers-2": ("value", 128, outliers(Affine(bits=2), slots=4)),
+    "outliers-3-odd": ("value", 96, outliers(levels(3))),
+    "outliers-4-groups": ("value", 64, outliers(levels(4, 32), slots=6)),
+    "outliers-3-channel": ("key", 128, outliers(channel_levels(3, 64), by="channel")),
+    "outliers-2-channel": ("key", 96, outliers(codec(2, 32), slots=4, by="channel")),
+    "outliers-token-channel": ("key", 64, outliers(codec(4, 32))),
+    "outliers-rotated": ("value", 64, Rotated(inner=outliers(Affine(bits=2)), sign_seed=1)),
+}
 
 
 def random_states(rows, num_tokens, heads, dim, dtype, seed=0):
@@ -52,13 +96,9 @@ def assert_same_bytes(ours, theirs):
         assert torch.equal(pages[name].view(bits), plane.view(bits)), name
 
 
-@pytest.mark.parametrize(("side", "dim", "each"), CODECS.values(), ids=CODECS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_prompt_becomes_the_bytes_of_the_eager_codec(side, dim, each, dtype):
+def append_twice(ours, theirs, side, states):
     """Two ragged appends, the second into pages that are partly full."""
-    states = random_states(2, 200 + each.block_tokens, 2, dim, dtype)
-    ours, theirs = (new_store(each, side, dim, 2, dtype=dtype) for _ in range(2))
-    block = each.block_tokens
+    block = ours.codec.block_tokens
     second = [block, 2 * block] if block > 1 else [7, 65]
     for columns, counts in (
         ([3, 40], [-(-100 // block) * block, -(-70 // block) * block]),
@@ -67,6 +107,16 @@ def test_a_prompt_becomes_the_bytes_of_the_eager_codec(side, dim, each, dtype):
         append_prompt(ours, side, states, None, columns=columns, counts=counts)
         for row, (start, count) in enumerate(zip(columns, counts, strict=True)):
             theirs.append(states[row : row + 1, :, start : start + count], [row])
+
+
+@pytest.mark.parametrize(
+    ("side", "dim", "each"), [*CODECS.values(), *WRAPPED.values()], ids=[*CODECS, *WRAPPED]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_prompt_becomes_the_bytes_of_the_eager_codec(side, dim, each, dtype):
+    states = random_states(2, 200 + each.block_tokens, 2, dim, dtype)
+    ours, theirs = (new_store(each, side, dim, 2, dtype=dtype) for _ in range(2))
+    append_twice(ours, theirs, side, states)
     assert_same_bytes(ours, theirs)
 
 

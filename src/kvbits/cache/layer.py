@@ -179,8 +179,7 @@ class PackedLayer:
             dtype=new["key"].dtype,
             device=new["key"].device,
         )
-        dims = (new["key"].shape[-1], new["value"].shape[-1])
-        self._encodes_by_kernels = self.impl in KERNEL_IMPLS and is_writable(self.plan, *dims)
+        self._encodes_by_kernels = self.impl in KERNEL_IMPLS and is_writable(self.plan)
         self._sides = {
             side: SideStorage.empty(self.plan, side, new[side], max_tokens=self.max_tokens)
             for side in SIDES

@@ -99,6 +99,13 @@ class PageStore:
         """The matrix that states are rotated by before they are stored, on the device."""
         return self.codec.rotation(self.head_dim, self.device)
 
+    @functools.cached_property
+    def constants(self) -> Tensor:
+        """``Codec.constants`` in a row on the device, as float32 whatever they are."""
+        words = [each.view(torch.int32) for each in self.codec.constants(self.head_dim)]
+        joined = torch.cat([torch.empty(0, dtype=torch.int32), *words])
+        return joined.view(torch.float32).to(self.device)
+
     @property
     def pool(self) -> Tensor:
         """The memory that offsets of ``table`` count from, uint8."""
@@ -256,6 +263,8 @@ class PageStore:
         ]
         moved._positions = self._positions.to(device)
         moved._table = None
+        for name in ("rotation", "constants"):  # made on the device they are first asked for on
+            moved.__dict__.pop(name, None)
         moved.device = device
         return moved
 

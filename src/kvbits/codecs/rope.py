@@ -50,6 +50,12 @@ class PreRope(Wrapper):
             )
         super().check_head_dim(head_dim)
 
+    def constants(self, head_dim: int) -> tuple[Tensor, ...]:
+        """Phases of one token, int64 in units of 2**-64 turns, before those of the inner codec."""
+        turns = [round(frequency / (2 * math.pi) * 2**64) for frequency in self.frequencies]
+        phases = [turn - 2**64 if turn >= 2**63 else turn for turn in turns]
+        return (torch.tensor(phases), *super().constants(head_dim))
+
     def apply(self, states: Tensor, context: EncodeContext) -> Tensor:
         return self._turn(states, context, -1)
 

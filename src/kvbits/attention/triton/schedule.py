@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from kvbits.attention.triton.encoding import encoding
 from kvbits.codecs import (
     Affine,
     Codebook,
@@ -231,13 +232,9 @@ def unsupported(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> str 
     return None
 
 
-def is_writable(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> bool:
+def is_writable(plan: LayerPlan) -> bool:
     """Whether kernels encode the states of a layer that they can read."""
-    return not any(
-        supported_shape(group.codec(side), head_dim).is_rotated
-        for group in plan.groups
-        for side, head_dim in zip(SIDES, (key_head_dim, value_head_dim), strict=True)
-    )
+    return all(encoding(group.codec(side)) for group in plan.groups for side in SIDES)
 
 
 def _rotation(codec: Codec) -> Codec | None:
