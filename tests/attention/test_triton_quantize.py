@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from kernel_states import DEVICE, codec
@@ -9,7 +12,7 @@ from kernel_states import DEVICE, codec
 pytest.importorskip("triton")
 
 from kvbits.attention.triton.quantize import append_prompt
-from kvbits.codecs import Affine, Codebook, NormScaled, Outliers, Rotated
+from kvbits.codecs import Affine, Codebook, EncodeContext, NormScaled, Outliers, PreRope, Rotated
 from kvbits.codecs.levels import lloyd_max, normal_float
 from kvbits.codecs.pages import PageStore
 
@@ -81,9 +84,16 @@ def random_states(rows, num_tokens, heads, dim, dtype, seed=0):
     return states.to(dtype).to(DEVICE).transpose(1, 2)
 
 
-def new_store(each, side, dim, heads, rows=2, dtype=torch.bfloat16):
+def new_store(each, side, dim, heads, rows=2, dtype=torch.bfloat16, first_position=0):
     return PageStore(
-        each, side=side, num_heads=heads, head_dim=dim, num_rows=rows, dtype=dtype, device=DEVICE
+        each,
+        side=side,
+        num_heads=heads,
+        head_dim=dim,
+        num_rows=rows,
+        dtype=dtype,
+        device=DEVICE,
+        first_position=first_position,
     )
 
 
@@ -109,15 +119,31 @@ def append_twice(ours, theirs, side, states):
             theirs.append(states[row : row + 1, :, start : start + count], [row])
 
 
-@pytest.mark.parametrize(
-    ("side", "dim", "each"), [*CODECS.values(), *WRAPPED.values()], ids=[*CODECS, *WRAPPED]
-)
+@pytest.mark.parametrize(("side", "dim", "each"), CODECS.values(), ids=CODECS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_prompt_becomes_the_bytes_of_the_eager_codec(side, dim, each, dtype):
     states = random_states(2, 200 + each.block_tokens, 2, dim, dtype)
     ours, theirs = (new_store(each, side, dim, 2, dtype=dtype) for _ in range(2))
     append_twice(ours, theirs, side, states)
     assert_same_bytes(ours, theirs)
+
+
+@pytest.mark.parametrize(("side", "dim", "each"), WRAPPED.values(), ids=WRAPPED)
+def test_wrapped_states_become_the_bytes_of_the_eager_codec(side, dim, each):
+    dtype = torch.float16 if dim == 64 else torch.bfloat16
+    states = random_states(2, 200, 1, dim, dtype)
+    ours, theirs = (new_store(each, side, dim, 1, dtype=dtype) for _ in range(2))
+    append_twice(ours, theirs, side, states)
+    assert_same_bytes(ours, theirs)
+
+
+def test_values_that_tie_are_outliers_in_the_order_of_a_stable_sort():
+    states = random_states(2, 200, 1, 64, torch.bfloat16).sign() * 0.5
+    for inner, by in ((Affine(bits=2), "token"), (codec(2, 32), "channel")):
+        each = outliers(inner, slots=4, by=by)
+        ours, theirs = (new_store(each, "value", 64, 1) for _ in range(2))
+        append_twice(ours, theirs, "value", states)
+        assert_same_bytes(ours, theirs)
 
 
 def test_a_head_group_takes_its_heads():
@@ -149,3 +175,59 @@ def test_states_of_any_memory_order_are_read_as_they_are():
         append_prompt(store, "value", view, None, columns=[1, 1], counts=[69, 69])
     assert_same_bytes(stores[0], stores[1])
     assert_same_bytes(stores[0], stores[2])
+
+
+ROTARY = tuple(10_000 ** (-i / 32) for i in range(32))
+ANGLE_ERROR = 4e-7  # of cosine and sine: two roundings to float32, and what the series leave out
+PRE_ROPE = {
+    "affine": Affine(bits=8),
+    "channel": codec(4, 32),
+    "rotated": codec(8, is_rotated=True),
+    "kvquant": outliers(levels(4, 64, granularity="per_channel"), by="channel"),
+}
+
+
+def half_step(inner, scale):
+    """Half the widest gap between what codes decode to, at the largest of the scales."""
+    leaf = inner.inner if isinstance(inner, Outliers) else inner
+    gap = 1.0
+    if isinstance(leaf, Codebook):
+        gap = max(high - low for low, high in pairwise(leaf.levels))
+    return scale.max().item() * gap / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "frequencies"),
+    [
+        ("affine", 3, ROTARY),
+        ("affine", 40, (3.0, 0.7, 1e-4, 0.0, math.pi)),
+        ("channel", 0, ROTARY),
+        ("rotated", 900_000, ROTARY),
+        ("kvquant", 900_000, ROTARY),
+    ],
+)
+def test_keys_are_turned_back_by_the_positions_of_the_row(name, first, frequencies):
+    """Nearly all codes are the reference's, and no error is above half a step.
+
+    The ends of channels' ranges tie as outliers, so angles may decide which of them are stored.
+    """
+    inner = PRE_ROPE[name]
+    each = PreRope(inner=inner, frequencies=frequencies)
+    states = random_states(2, 200, 1, 64, torch.bfloat16)
+    ours, theirs = (new_store(each, "key", 64, 1, first_position=first) for _ in range(2))
+    append_twice(ours, theirs, "key", states)
+    planes, reference = ours.export_pages(), theirs.export_pages()
+    same = (planes["codes"] == reference["codes"]).float().mean()
+    assert same > (0.9 if name == "kvquant" else 0.995)
+    plain_store = new_store(inner, "key", 64, 1)  # reads the pages as they are, not turned forth
+    plain_store.import_pages(planes, ours.lengths)
+    num_tokens = ours.lengths[0] - inner.block_tokens if inner.block_tokens > 1 else 100
+    exact = states[:1, :, 3 : 3 + num_tokens].float()
+    context = EncodeContext(first + torch.arange(num_tokens, device=DEVICE)[None])
+    plain = each.apply(exact, context)
+    plain = inner.apply(plain, context) if isinstance(inner, Rotated) else plain
+    stored = plain_store.read(0, num_tokens)[:1]
+    stored = inner.apply(stored, context) if isinstance(inner, Rotated) else stored
+    bound = half_step(inner, planes["affine"].float()[..., 0])
+    slack = ANGLE_ERROR * plain.norm(dim=-1).max().item() + 2**-10 * bound
+    assert (stored - plain).abs().max().item() <= bound + slack

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from kvbits.codecs import Affine, Codebook, Codec, Identity, NormScaled, Outliers, PreRope, Rotated
 
@@ -10,8 +10,11 @@ MAX_LEVEL_BITS = 4  # levels are compared one after the other
 MAX_SLOTS = 8
 
 
-class Encoding(NamedTuple):
+@dataclass(frozen=True)
+class Encoding:
     """Steps before codes, from the outermost codec on; a plain affine codec has none.
+
+    Not a tuple: Triton would take that apart where it is a constant of a kernel.
 
     Attributes:
         rotary_pairs: Pairs of channels that are turned back by their position.
@@ -44,21 +47,21 @@ def encoding(codec: Codec) -> Encoding | None:
     """How kernels encode what they can read of a codec, or None if they do not."""
     how = PLAIN
     if isinstance(codec, PreRope):
-        how = how._replace(rotary_pairs=len(codec.frequencies))
+        how = replace(how, rotary_pairs=len(codec.frequencies))
         codec = codec.inner
     if isinstance(codec, Rotated):
-        how = how._replace(is_rotated=True)
+        how = replace(how, is_rotated=True)
         codec = codec.inner
     if isinstance(codec, Outliers):
         is_by_channel = codec.by == "channel"
         if codec.slots > MAX_SLOTS or (is_by_channel and codec.block_tokens == 1):
             return None
-        how = how._replace(slots=codec.slots, is_by_channel=is_by_channel)
+        how = replace(how, slots=codec.slots, is_by_channel=is_by_channel)
         codec = codec.inner
     if isinstance(codec, Codebook) and codec.bits <= MAX_LEVEL_BITS:
-        return how._replace(has_levels=True)
+        return replace(how, has_levels=True)
     if isinstance(codec, NormScaled) and codec.bits <= MAX_LEVEL_BITS and not how.slots:
-        return how._replace(has_levels=True, is_norm=True, is_corrected=codec.is_corrected)
+        return replace(how, has_levels=True, is_norm=True, is_corrected=codec.is_corrected)
     if isinstance(codec, Identity) or (isinstance(codec, Affine) and codec.is_plain):
         return how
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from kvbits.attention.states import KernelStates, StoreGroup
@@ -99,15 +100,16 @@ def _prompt_warps(shape: SideShape, how: Encoding, tile: int) -> int:
     return max(1, min(2, values // 4096), values // 8192)
 
 
-def _wrapped_warps(shape: SideShape, tile: int) -> int:
-    """Warps that leave a thread 64 values: several tensors of them live at a time."""
-    return max(1, min(8, tile * shape.head_dim // 2048))
+def _wrapped_warps(shape: SideShape, tile: int, most: int = 16) -> int:
+    """Warps that leave a thread 32 values: several tensors of them live at a time."""
+    return max(1, min(most, tile * triton.next_power_of_2(shape.head_dim) // 1024))
 
 
 def _append_warps(shape: SideShape, how: Encoding, quantum: int) -> int:
+    """Few warps: most steps pack nothing."""
     if how.is_plain:
-        return 1 if quantum <= 64 else 2  # most steps pack nothing
-    return _wrapped_warps(shape, tokens_at_a_time(how, shape.key_group, quantum))
+        return 1 if quantum <= 64 else 2
+    return _wrapped_warps(shape, tokens_at_a_time(how, shape.key_group, quantum), most=8)
 
 
 def append_token(

@@ -187,7 +187,7 @@ def encode_wrapped(
         p_phases = CONSTANTS.to(tl.pointer_type(tl.int64))
         b_x = turned_back(b_x, p_x, m_x, position, o_d, p_phases, HOW.rotary_pairs)
     if HOW.is_rotated:
-        b_x = hadamard(b_x * tl.load(CONSTANTS + 2 * HOW.rotary_pairs + o_d)[None, :])
+        b_x = hadamard(b_x * tl.load(CONSTANTS + 2 * HOW.rotary_pairs + o_d)[None, :], D)
     b_rest = b_x
     if HOW.slots > 0:
         if HOW.is_by_channel:
