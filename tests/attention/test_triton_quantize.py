@@ -133,6 +133,9 @@ def test_wrapped_states_become_the_bytes_of_the_eager_codec(side, dim, each):
     dtype = torch.float16 if dim == 64 else torch.bfloat16
     states = random_states(2, 200, 1, dim, dtype)
     ours, theirs = (new_store(each, side, dim, 1, dtype=dtype) for _ in range(2))
+    for store in (ours, theirs):
+        store.reserve(280)
+        store.pool.fill_(0xA5)  # what is written beyond one's own tokens shows
     append_twice(ours, theirs, side, states)
     assert_same_bytes(ours, theirs)
 

@@ -109,7 +109,7 @@ def store_words(b_w, p_row, NB: tl.constexpr):
 
 @triton.jit
 def planes_of_3_bits(b_c, ONES: tl.constexpr):
-    """Bytes of the planes P0, P2, P1 of codes ``[T, 8, W]`` by field, each ``[T, W]``.
+    """What every field of codes ``[T, 8, W]`` adds to the bytes of the planes P0, P2, P1.
 
     ONES: 1 in every byte of a word that holds a code.
     """
@@ -121,4 +121,4 @@ def planes_of_3_bits(b_c, ONES: tl.constexpr):
     b_1 = tl.where(o_f == 2, b_c, tl.where(o_f == 3, b_c << 3, 0))
     b_1 = tl.where(o_f == 6, ((b_c >> 2) & ONES) << 6, b_1)
     b_1 = tl.where(o_f == 7, (b_c & ONES) << 7, b_1)
-    return tl.sum(b_0, 1), tl.sum(b_2, 1), tl.sum(b_1, 1)
+    return b_0, b_2, b_1

@@ -140,9 +140,9 @@ def encode_per_channel(
         b_c = tl.reshape(b_c, [T, F, W // 4])
         if BITS == 3:
             b_0, b_2, b_1 = planes_of_3_bits(b_c, 0x01010101)
-            store_words(b_0, p_head + slot * NB, NB)
-            store_words(b_2, p_head + slot * NB + W, NB)
-            store_words(b_1, p_head + slot * NB + 2 * W, NB)
+            store_words(tl.sum(b_0, 1), p_head + slot * NB, NB)
+            store_words(tl.sum(b_2, 1), p_head + slot * NB + W, NB)
+            store_words(tl.sum(b_1, 1), p_head + slot * NB + 2 * W, NB)
         else:
             o_f = tl.arange(0, F)[None, :, None]
             store_words(tl.sum(b_c << (o_f * BITS), 1), p_head + slot * NB, NB)

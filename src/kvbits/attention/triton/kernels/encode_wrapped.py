@@ -141,9 +141,9 @@ def store_codes(
     if BITS == 3:
         W: tl.constexpr = D // 8
         b_0, b_2, b_1 = planes_of_3_bits(b_c, 1)
-        store_plane(b_0, 0, p_head, slot, m_t, is_full, W, NB, PAGE, IS_KEY)
-        store_plane(b_2, W, p_head, slot, m_t, is_full, W, NB, PAGE, IS_KEY)
-        store_plane(b_1, 2 * W, p_head, slot, m_t, is_full, W, NB, PAGE, IS_KEY)
+        store_plane(tl.sum(b_0, 1), 0, p_head, slot, m_t, is_full, W, NB, PAGE, IS_KEY)
+        store_plane(tl.sum(b_2, 1), W, p_head, slot, m_t, is_full, W, NB, PAGE, IS_KEY)
+        store_plane(tl.sum(b_1, 1), 2 * W, p_head, slot, m_t, is_full, W, NB, PAGE, IS_KEY)
     else:
         b_w = tl.sum(b_c << (tl.arange(0, F)[None, :, None] * BITS), 1)
         store_plane(b_w, 0, p_head, slot, m_t, is_full, NB, NB, PAGE, IS_KEY)
