@@ -455,6 +455,14 @@ def test_values_that_cannot_be_stored_are_refused_and_nothing_is_stored(plan, si
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_limit_is_not_rounded_up_to_the_dtype_of_the_states():
+    """65504 is no bfloat16; the next above it, 65536, has no fp16 offset."""
+    keys, values = random_states(20, dtype=torch.bfloat16)
+    values[0, 0, 3, 3] = -65536.0
+    with pytest.raises(CalibrationError, match="value_states must be finite and at most 65504"):
+        filled(PLANS["token-4"], (keys, values))
+
+
 def test_float32_scales_hold_values_beyond_float16():
     codec = Affine(bits=8, parameter_dtype="float32")
     keys, values = random_states(20)

@@ -10,7 +10,8 @@ from kvbits.attention.states import StepStates
 from kvbits.attention.triton import schedule as schedules
 from kvbits.cache.layer import PackedLayer
 from kvbits.cache.stepping import Clock, Clocks
-from kvbits.codecs import Affine, Identity
+from kvbits.codecs import Affine, Codebook, Identity, NormScaled, Outliers, PreRope, Rotated
+from kvbits.codecs.levels import lloyd_max, normal_float
 from kvbits.errors import CalibrationError, KernelUnavailableError
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan
@@ -49,6 +50,26 @@ PLANS = {
         sink_tokens=1,
     ),
 }
+ROTARY = tuple(10_000 ** (-i / 32) for i in range(32))
+LEVELS = Codebook(levels=normal_float(3), granularity="per_channel", group_size=64)
+TURBO = Rotated(inner=NormScaled(levels=lloyd_max(4)), sign_seed=5)
+KVQUANT_KEY = Outliers(inner=LEVELS, slots=2, by="channel")
+KVQUANT_VALUE = Outliers(inner=Codebook(levels=normal_float(4)), slots=2)
+WRAPPED = {
+    "turbo": LayerPlan.uniform(TURBO, TURBO, sink_tokens=2),
+    "rotated-kivi": LayerPlan.uniform(
+        Rotated(inner=channel(2, 32)), Rotated(inner=Affine(bits=2, group_size=16)),
+        residual_length=20,
+    ),
+    "outliers": LayerPlan.uniform(KVQUANT_KEY, KVQUANT_VALUE, sink_tokens=1),
+    "groups": LayerPlan(
+        groups=(
+            HeadGroup(heads=(1,), key=Affine(bits=4), value=Codebook(levels=normal_float(2))),
+            HeadGroup(heads=(0,), key=Rotated(inner=Affine(bits=8)), value=Affine(bits=3)),
+        ),
+        residual_length=9,
+    ),
+}  # fmt: skip
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 every_padding = pytest.mark.parametrize("padding", [(0, 0), (3, 90)], ids=["even", "padded"])
 
@@ -104,6 +125,53 @@ def test_steps_and_chunks_store_the_bytes_of_the_reference(plan, padding):
     views = feed(layers, states, [first, *[1] * 8, 30, *[1] * 4])
     assert isinstance(views[0], StepStates)
     assert_same_bytes(*layers)
+
+
+@pytest.fixture
+def _all_is_readable(monkeypatch):
+    """Steps are appended whether or not a kernel attends to what they store."""
+    monkeypatch.setattr(schedules, "unsupported", lambda *plan_and_dims: None)
+
+
+@pytest.mark.usefixtures("_all_is_readable")
+@pytest.mark.parametrize("plan", WRAPPED.values(), ids=WRAPPED)
+def test_steps_of_wrapped_states_store_the_bytes_of_the_reference(plan):
+    padding = (0, 11)
+    layers = new_layers(plan, padding)
+    first = before_a_flush(plan, padding) - plan.quantum
+    views = feed(layers, random_states(200), [first, *[1] * 4, max(plan.quantum - 4, 5), *[1] * 3])
+    assert isinstance(views[0], StepStates)
+    assert_same_bytes(*layers)
+
+
+@pytest.mark.usefixtures("_all_is_readable")
+def test_keys_that_are_turned_back_are_the_same_by_steps_as_by_a_prompt():
+    plan = LayerPlan.uniform(
+        PreRope(inner=KVQUANT_KEY, frequencies=ROTARY), KVQUANT_VALUE, sink_tokens=3
+    )
+    layers = [PackedLayer(plan, impl="triton") for _ in range(2)]
+    states = random_states(133)
+    feed(layers[:1], states, [65, 1, 1, 1, 61, *[1] * 4])
+    feed(layers[1:], states, [133])
+    assert layers[0].packed_lengths("key").tolist() == [128, 128]
+    assert_same_bytes(*layers)
+
+
+@pytest.mark.usefixtures("_all_is_readable")
+def test_steps_refuse_what_a_rotated_codec_cannot_hold():
+    """One channel may take the whole norm, so every state has a share of what that may be."""
+    plan, (keys, values) = WRAPPED["turbo"], random_states(20)
+    limit = TURBO.largest_magnitude(DIM)
+    for bad in (0.99 * limit, 1.01 * limit):
+        layer = new_layers(plan, (0, 0))[0]
+        feed([layer], (keys, values), [12, 1])
+        values[1, 0, 13, 3] = bad
+        feed([layer], (keys, values), [1])
+        if bad <= limit:
+            layer.check_finite()
+        else:
+            with pytest.raises(CalibrationError, match="value_states must be finite"):
+                layer.check_finite()
 
 
 @pytest.mark.parametrize("name", ["token-2-groups", "kivi-32", "head-groups"])

@@ -20,6 +20,7 @@ from kvbits.attention.states import LayerStates, SideStates, StepStates, store_g
 from kvbits.attention.triton.schedule import is_writable
 from kvbits.cache.side import SideStorage, below
 from kvbits.cache.stepping import Clocks, Stepper
+from kvbits.codecs.affine import round_down
 from kvbits.codecs.pages import PageStore
 from kvbits.errors import CalibrationError
 from kvbits.layer_plan import SIDES, IntArray, LayerPlan, Side
@@ -179,8 +180,7 @@ class PackedLayer:
             dtype=new["key"].dtype,
             device=new["key"].device,
         )
-        dims = (new["key"].shape[-1], new["value"].shape[-1])
-        self._encodes_by_kernels = self.impl in KERNEL_IMPLS and is_writable(self.plan, *dims)
+        self._encodes_by_kernels = self.impl in KERNEL_IMPLS and is_writable(self.plan)
         self._sides = {
             side: SideStorage.empty(self.plan, side, new[side], max_tokens=self.max_tokens)
             for side in SIDES
@@ -206,6 +206,8 @@ class PackedLayer:
 
     def _any_nonfinite(self, side: Side, states: Tensor) -> Tensor:
         limit = min(self._largest_magnitude(side), torch.finfo(states.dtype).max)
+        if states.dtype.itemsize == 2:  # a comparison would round it to nearest, maybe upwards
+            limit = round_down(torch.tensor(limit, dtype=torch.float32), states.dtype).item()
         bad = ~(states.detach().abs() <= limit)  # NaN compares false
         if any(self._padding):
             first = torch.tensor(self._padding, device=states.device)[:, None]

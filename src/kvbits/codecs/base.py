@@ -104,6 +104,10 @@ class Codec(BaseModel, ABC):
         """
         return None
 
+    def constants(self, head_dim: int) -> tuple[Tensor, ...]:
+        """Numbers that a kernel which encodes reads beside states, from the outermost codec on."""
+        return ()
+
     @abstractmethod
     def code_bits(self, state_bits: int = 16) -> Width:
         """Stored width of one code, 1.5 for three levels; ``state_bits`` is the width of the

@@ -51,12 +51,25 @@ class Table(Codec):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Code of the level nearest to each value; of two as near, the lower one."""
-        table = self.table(x.device)
-        return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+        return torch.bucketize(x.contiguous(), self.midpoints(x.device)).to(torch.uint8)
+
+    def midpoints(self, device: torch.device) -> Tensor:
+        """Where the nearest level changes, float32."""
+        table = self.table(device)
+        return (table[1:] + table[:-1]) / 2
+
+    def constants(self, head_dim: int) -> tuple[Tensor, ...]:
+        """Midpoints, and what codes decode to."""
+        cpu = torch.device("cpu")
+        return self.midpoints(cpu), self.decoded_table(cpu)
 
     def table(self, device: torch.device) -> Tensor:
         """The levels, float32."""
         return torch.tensor(self.levels, dtype=torch.float32, device=device)
+
+    def decoded_table(self, device: torch.device) -> Tensor:
+        """What codes decode to, before any scale; float32."""
+        return self.table(device)
 
 
 class Codebook(Table, Grouped):
@@ -88,6 +101,10 @@ class Codebook(Table, Grouped):
     def largest_magnitude(self, head_dim: int) -> float:
         return torch.finfo(FP16).max / 2
 
+    def decoded_table(self, device: torch.device) -> Tensor:
+        levels = self.decoded_levels or self.levels
+        return torch.tensor(levels, dtype=torch.float32, device=device)
+
     def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
         return (self._affine_spec(head_dim, 2, FP16),)
 
@@ -111,8 +128,7 @@ class Codebook(Table, Grouped):
 
     def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
         scale, offset = encoded.parameters["affine"].float().split(1, -1)
-        levels = self.decoded_levels or self.levels
-        table = torch.tensor(levels, dtype=torch.float32, device=encoded.codes.device)
+        table = self.decoded_table(encoded.codes.device)
         values = table[self.grouped(encoded.codes).int()]
         return self._ungrouped(values * scale + offset, encoded.codes.shape[-2])
 

@@ -1,4 +1,4 @@
-"""A few values of every token apart, in 16 bits, so that the others need a smaller range."""
+"""A few values of every token corrected in 16 bits, so that the others need a smaller range."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvbits.codecs.base import NO_CONTEXT, EncodeContext, Encoded, ParameterSpec
 from kvbits.codecs.wrappers import Wrapper
 
 FP16 = torch.float16
+FP16_MAX = torch.finfo(FP16).max
 MAX_CHANNELS = 256  # an index is a byte
 
 
@@ -22,7 +23,8 @@ class Outliers(Wrapper):
     the middle of their channel in this block of tokens, in half ranges, so that a channel that
     lies far from zero does not take every slot; for inner codecs with scales per channel.
 
-    A slot is a byte for the channel and an fp16 value: ``24 * slots / D`` bits a value.
+    A slot is a byte for the channel and, in fp16, what the inner codec decodes too little there:
+    ``24 * slots / D`` bits a value. A reader adds it, whatever the code at that place.
 
     Source: KVQuant (arXiv 2401.18079) section 3.4.
     Differs from the paper: as many slots for every token and head, so that nothing has to be sized
@@ -34,7 +36,8 @@ class Outliers(Wrapper):
     by: Literal["token", "channel"] = "token"
 
     def largest_magnitude(self, head_dim: int) -> float:
-        return min(self.inner.largest_magnitude(head_dim), torch.finfo(FP16).max)
+        # A difference is up to twice a state, and a little more where steps are rounded upwards.
+        return min(self.inner.largest_magnitude(head_dim), FP16_MAX / 4)
 
     def own_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
         return (
@@ -63,16 +66,17 @@ class Outliers(Wrapper):
     def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
         rest, channel, value = self.parted(states)
         encoded = self.inner.encode(rest, context)
+        missing = value - self.inner.decode(encoded, context).gather(-1, channel)
         own = {
             "outlier_channel": channel.to(torch.uint8)[..., None, :],
-            "outlier_value": value.to(FP16)[..., None, :],
+            "outlier_value": missing.clamp(-FP16_MAX, FP16_MAX).to(FP16)[..., None, :],
         }
         return Encoded(encoded.codes, encoded.parameters | own)
 
     def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
         channel = encoded.parameters["outlier_channel"].squeeze(-2).long()
-        value = encoded.parameters["outlier_value"].squeeze(-2).float()
-        return self.inner.decode(encoded, context).scatter(-1, channel, value)
+        missing = encoded.parameters["outlier_value"].squeeze(-2).float()
+        return self.inner.decode(encoded, context).scatter_add(-1, channel, missing)
 
     def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """How far out every value is, and what stands in for an outlier in its group."""

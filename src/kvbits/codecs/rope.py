@@ -50,6 +50,15 @@ class PreRope(Wrapper):
             )
         super().check_head_dim(head_dim)
 
+    @property
+    def phases(self) -> Tensor:
+        """Turns of a token in units of 2**-64, int64 ``[pairs]``; products with positions wrap."""
+        turns = [round(frequency / (2 * math.pi) * 2**64) for frequency in self.frequencies]
+        return torch.tensor([turn - 2**64 if turn >= 2**63 else turn for turn in turns])
+
+    def constants(self, head_dim: int) -> tuple[Tensor, ...]:
+        return (self.phases, *super().constants(head_dim))
+
     def apply(self, states: Tensor, context: EncodeContext) -> Tensor:
         return self._turn(states, context, -1)
 

@@ -39,20 +39,28 @@ class Rotated(Wrapper):
             )
         super().check_head_dim(head_dim)
 
+    def constants(self, head_dim: int) -> tuple[Tensor, ...]:
+        return (self._signs(head_dim).float(), *super().constants(head_dim))
+
     def apply(self, states: Tensor, context: EncodeContext) -> Tensor:
-        return hadamard(states if self.sign_seed is None else states * self._signs(states))
+        return hadamard(self._signed(states))
 
     def undo(self, states: Tensor, context: EncodeContext) -> Tensor:
-        rotated = hadamard(states)
-        return rotated if self.sign_seed is None else rotated * self._signs(states)
+        return self._signed(hadamard(states))
 
     def rotation(self, head_dim: int, device: torch.device) -> Tensor:
         return self.apply(torch.eye(head_dim, device=device), NO_CONTEXT)
 
-    def _signs(self, states: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.sign_seed or 0)
-        bits = torch.randint(0, 2, (states.shape[-1],), generator=generator)
-        return (2 * bits - 1).to(states)
+    def _signed(self, states: Tensor) -> Tensor:
+        if self.sign_seed is None:
+            return states
+        return states * self._signs(states.shape[-1]).to(states)
+
+    def _signs(self, head_dim: int) -> Tensor:
+        if self.sign_seed is None:
+            return torch.ones(head_dim)
+        generator = torch.Generator().manual_seed(self.sign_seed)
+        return 2 * torch.randint(0, 2, (head_dim,), generator=generator) - 1
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -61,6 +61,9 @@ class Wrapper(Codec):
     def largest_magnitude(self, head_dim: int) -> float:
         return self.inner.largest_magnitude(head_dim)
 
+    def constants(self, head_dim: int) -> tuple[Tensor, ...]:
+        return self.inner.constants(head_dim)
+
     def code_bits(self, state_bits: int = 16) -> Width:
         return self.inner.code_bits(state_bits)
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
-from kvbits.attention.triton.kernels.encode import append_step, encode_prompt
+from kvbits.attention.triton.encoding import Encoding, supported_encoding
+from kvbits.attention.triton.kernels.encode import (
+    append_step,
+    encode_prompt,
+    tokens_at_a_time,
+)
 from kvbits.attention.triton.launch import launch_options
 from kvbits.attention.triton.schedule import SideShape
+from kvbits.attention.triton.tables import encoding_constants
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import Side
 
@@ -42,7 +49,8 @@ def append_prompt(
     rows = [row for row, count in enumerate(counts) if count]
     store.make_room(rows, [counts[row] for row in rows])
     shape = schedules.supported_shape(store.codec, store.head_dim)
-    tile = shape.key_group or PROMPT_TILE
+    how = supported_encoding(store.codec)
+    tile = tokens_at_a_time(how, shape.key_group, PROMPT_TILE)
     tiles = max(
         -(-(start + count) // tile) - start // tile
         for start, count in zip(store.lengths, counts, strict=True)
@@ -58,6 +66,7 @@ def append_prompt(
             column,
             start,
             count,
+            _constants(store),
             store.pool.view(torch.int8),
             store.table,
             states.stride(0),
@@ -73,19 +82,39 @@ def append_prompt(
             PAGE=store.page_tokens,
             T=tile,
             IS_KEY=side == "key",
-            num_warps=_prompt_warps(shape, tile),
+            HOW=how,
+            FIRST=store.first_position if how.rotary_pairs else 0,
+            num_warps=_prompt_warps(shape, how, tile),
             enable_fp_fusion=False,
         )
     store.lengths = [length + count for length, count in zip(store.lengths, counts, strict=True)]
 
 
-def _prompt_warps(shape: SideShape, tile: int) -> int:
+def _constants(store: PageStore) -> Tensor:
+    return encoding_constants(store.codec, store.head_dim, store.device)
+
+
+def _prompt_warps(shape: SideShape, how: Encoding, tile: int) -> int:
     """Warps of a prompt's tile: a per-channel block is reduced over its tokens, and should stay
     within few warps as long as it fits in their registers."""
+    if not how.is_plain:
+        return _wrapped_warps(shape, tile)
     if not shape.key_group:
         return 4
     values = tile * shape.head_dim
     return max(1, min(2, values // 4096), values // 8192)
+
+
+def _wrapped_warps(shape: SideShape, tile: int, most: int = 16) -> int:
+    """Warps that leave a thread 32 values: several tensors of them live at a time."""
+    return max(1, min(most, tile * triton.next_power_of_2(shape.head_dim) // 1024))
+
+
+def _append_warps(shape: SideShape, how: Encoding, quantum: int) -> int:
+    """Few warps: most steps pack nothing."""
+    if how.is_plain:
+        return 1 if quantum <= 64 else 2
+    return _wrapped_warps(shape, tokens_at_a_time(how, shape.key_group, quantum), most=8)
 
 
 def append_token(
@@ -113,6 +142,7 @@ def append_token(
         schedules.supported_shape(store.codec, store.head_dim)
         for store in (group.key, group.value)
     )
+    key_how, value_how = (supported_encoding(store.codec) for store in (group.key, group.value))
     batch, num_heads = key_states.shape[:2]
     if key_states.stride(-1) != 1 or value_states.stride(-1) != 1:
         key_states, value_states = key_states.contiguous(), value_states.contiguous()
@@ -122,6 +152,8 @@ def append_token(
             value_states,
             *states.arguments(group),
             flags,
+            _constants(group.key),
+            _constants(group.value),
             key_states.stride(0),
             key_states.stride(1),
             value_states.stride(0),
@@ -145,7 +177,12 @@ def append_token(
             CAP=states.tails[0].shape[2],
             K_LIMIT=limits[0],
             V_LIMIT=limits[1],
-            num_warps=1 if states.quantum <= 64 else 2,  # most steps pack nothing
+            K_HOW=key_how,
+            V_HOW=value_how,
+            num_warps=max(
+                _append_warps(key, key_how, states.quantum),
+                _append_warps(value, value_how, states.quantum),
+            ),
             enable_fp_fusion=False,
             **launch_options(),
         )

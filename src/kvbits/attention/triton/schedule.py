@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from kvbits.attention.triton.encoding import encoding
 from kvbits.codecs import (
     Affine,
     Codebook,
@@ -281,14 +282,9 @@ def _unsupported_lookup(key: SideShape | None, value: SideShape | None) -> str |
     return None
 
 
-def is_writable(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> bool:
+def is_writable(plan: LayerPlan) -> bool:
     """Whether kernels encode the states of a layer that they can read."""
-    return not any(
-        shape.is_rotated or shape.is_looked_up
-        for group in plan.groups
-        for side, head_dim in zip(SIDES, (key_head_dim, value_head_dim), strict=True)
-        if (shape := supported_shape(group.codec(side), head_dim))
-    )
+    return all(encoding(group.codec(side)) for group in plan.groups for side in SIDES)
 
 
 def _rotation(codec: Codec) -> Codec | None:

@@ -45,12 +45,17 @@ def phases(codec: Codec, device: torch.device) -> Tensor | None:
 
     None for keys that are stored behind it.
     """
-    if not isinstance(codec, Wrapper):
-        return None
-    if not isinstance(codec, PreRope):
-        return phases(codec.inner, device)
-    whole = [round(frequency / (2 * math.pi) * 2**64) for frequency in codec.frequencies]
-    return torch.tensor([_signed(phase) for phase in whole], device=device)
+    if isinstance(codec, PreRope):
+        return codec.phases.to(device)
+    return phases(codec.inner, device) if isinstance(codec, Wrapper) else None
+
+
+@functools.lru_cache(maxsize=MANY)
+def encoding_constants(codec: Codec, head_dim: int, device: torch.device) -> Tensor:
+    """``Codec.constants`` in a row on the device, as float32 whatever they are."""
+    words = [each.view(torch.int32) for each in codec.constants(head_dim)]
+    joined = torch.cat([torch.empty(0, dtype=torch.int32), *words])
+    return joined.view(torch.float32).to(device)
 
 
 @functools.lru_cache(maxsize=MANY)
@@ -63,8 +68,3 @@ def rotation(codec: Codec, head_dim: int, device: torch.device) -> Tensor | None
 def count(device: torch.device) -> Tensor:
     """The numbers from 0, int16."""
     return torch.arange(MOST_COUNT, dtype=torch.int16, device=device)
-
-
-def _signed(phase: int) -> int:
-    """The int64 with the bits of an unsigned number."""
-    return phase - 2**64 if phase >= 2**63 else phase

@@ -1,8 +1,7 @@
 """Encoding: statistics, codes and bytes in one pass, for a prompt and for the step of a decode.
 
-Every operation is the one ``codecs/affine.py`` does, in the same order and rounding, so the bytes
-are the same to the last bit. Launch these with ``enable_fp_fusion=False``: a fused multiply-add
-would round once where the reference rounds twice.
+Affine codes are made here, field by field of a byte; what is more than that, in
+``encode_wrapped.py``. Launch with ``enable_fp_fusion=False``, see ``codes.py``.
 """
 
 from __future__ import annotations
@@ -12,108 +11,34 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from kvbits.attention.triton.kernels.codes import (
+    codes_of,
+    num_fields,
+    paired,
+    planes_of_3_bits,
+    scale_and_offset,
+    store_plane,
+    store_words,
+)
 from kvbits.attention.triton.kernels.common import row_lengths
+from kvbits.attention.triton.kernels.encode_wrapped import encode_wrapped
 from kvbits.attention.triton.kernels.layout import padded, row_bytes
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
+WRAPPED_TILE = tl.constexpr(32)  # tokens encoded at a time, of a step that packs many
 
 
 @triton.constexpr_function
-def num_fields(bits: Any) -> Any:
-    """Runs of channels of which every byte index holds one code."""
-    return 8 if bits == 3 else 8 // bits
+def tokens_at_a_time(how: Any, key_group: Any, quantum: Any) -> Any:
+    """Tokens of a block that a step encodes at a time."""
+    if key_group:
+        return key_group
+    return quantum if how.is_plain else min(quantum, WRAPPED_TILE.value)
 
 
 @triton.constexpr_function
 def blocks_of_field(bits: Any, groups: Any) -> Any:
     """Scale groups that one field spans."""
     return max(1, groups // (8 if bits == 3 else 8 // bits))
-
-
-@triton.jit
-def rounded_down(b_x):
-    """The largest fp16 number not above each float32."""
-    b_h = b_x.to(tl.float16)
-    b_i = b_h.to(tl.int16, bitcast=True)
-    b_below = tl.where(b_h > 0, b_i - 1, b_i + 1)
-    b_below = tl.where(b_h == 0, -32767, b_below).to(tl.int16)  # -2**-24
-    return tl.where(b_h.to(tl.float32) > b_x, b_below, b_i).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def scale_and_offset(b_low, b_high, BITS: tl.constexpr):
-    """Stored scale and offset of each group as float32, and the reciprocal of the scale."""
-    b_offset = rounded_down(b_low).to(tl.float32)
-    b_step = tl.div_rn(b_high - b_offset, tl.full(b_low.shape, (1 << BITS) - 1, tl.float32))
-    b_scale = -(rounded_down(-b_step).to(tl.float32))
-    b_one = tl.full(b_low.shape, 1.0, tl.float32)
-    # a constant group has code 0, and the offset restores it
-    return b_scale, b_offset, tl.div_rn(b_one, tl.where(b_scale == 0, 1.0, b_scale))
-
-
-@triton.jit
-def paired(b_scale, b_offset):
-    """Scale and offset as fp16 pairs in int32."""
-    b_s = b_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return b_s | (b_offset.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def codes_of(b_x, b_offset, b_inverse, BITS: tl.constexpr):
-    """Codes, as int32."""
-    b_i = ((b_x - b_offset) * b_inverse + ROUND).to(tl.int32, bitcast=True) - 0x4B400000
-    return tl.minimum(tl.maximum(b_i, 0), (1 << BITS) - 1)
-
-
-@triton.jit
-def store_plane(
-    b_w,
-    row,
-    p_head,
-    slot,
-    m_t,
-    is_full,
-    W: tl.constexpr,
-    NB: tl.constexpr,
-    PAGE: tl.constexpr,
-    IS_KEY: tl.constexpr,
-):
-    """Write bytes ``[T, W]`` of the tokens from ``slot`` on, as bytes from ``row`` on of each.
-
-    Bit 7 of every byte is flipped. Value pages are transposed; within 32 tokens, token t lies at
-    (t % 8) * 4 + t // 8. ``is_full``: the mask of tokens is all true.
-    """
-    T: tl.constexpr = b_w.shape[0]
-    WP: tl.constexpr = b_w.shape[1]
-    b_w = (b_w ^ 0x80).to(tl.int8)
-    o_t = tl.arange(0, T)
-    o_w = tl.arange(0, WP)
-    if IS_KEY:
-        p_w = p_head + (slot + o_t)[:, None] * NB + row + o_w[None, :]
-        tl.store(p_w, b_w, mask=m_t[:, None] & (o_w < W)[None, :])
-    elif T % 32 == 0:  # whole runs of 32: bring them to the order of the page, then write rows
-        b_w = tl.permute(tl.reshape(b_w, [T // 32, 4, 8, WP]), (3, 0, 2, 1))
-        m_p = tl.reshape(tl.permute(tl.reshape(m_t, [T // 32, 4, 8]), (0, 2, 1)), [T])
-        p_w = p_head + (row + o_w)[:, None] * PAGE + (slot + o_t)[None, :]
-        b_w = tl.reshape(b_w, [WP, T])
-        if is_full:  # a mask along the row would split it into single bytes
-            tl.store(p_w, b_w, mask=(o_w < W)[:, None])
-        else:
-            tl.store(p_w, b_w, mask=m_p[None, :] & (o_w < W)[:, None])
-    else:
-        o_s = slot + o_t
-        o_at = o_s // 32 * 32 + o_s % 8 * 4 + o_s % 32 // 8
-        p_w = p_head + (row + o_w)[None, :] * PAGE + o_at[:, None]
-        tl.store(p_w, b_w, mask=m_t[:, None] & (o_w < W)[None, :])
-
-
-@triton.jit
-def store_words(b_w, p_row, NB: tl.constexpr):
-    """Write the bytes of token rows, four a word ``[T, W]``."""
-    o_t = tl.arange(0, b_w.shape[0])[:, None]
-    o_w = tl.arange(0, b_w.shape[1])[None, :]
-    p_w = (p_row + o_t * NB).to(tl.pointer_type(tl.int32)) + o_w
-    tl.store(p_w, b_w ^ -0x7F7F7F80)  # 0x80808080
 
 
 @triton.jit
@@ -213,19 +138,13 @@ def encode_per_channel(
         b_c = tl.reshape(codes_of(b_x, b_o[None, :], b_i[None, :], BITS), [T, D // 4, 4])
         b_c = tl.sum(b_c << (tl.arange(0, 4) * 8)[None, None, :], 2)
         b_c = tl.reshape(b_c, [T, F, W // 4])
-        o_f = tl.arange(0, F)[None, :, None]
         if BITS == 3:
-            b_0 = tl.where(o_f == 0, b_c, tl.where(o_f == 1, b_c << 3, 0))
-            b_0 = tl.where(o_f == 6, (b_c & 0x03030303) << 6, b_0)
-            b_2 = tl.where(o_f == 4, b_c, tl.where(o_f == 5, b_c << 3, 0))
-            b_2 = tl.where(o_f == 7, ((b_c >> 1) & 0x03030303) << 6, b_2)
-            b_1 = tl.where(o_f == 2, b_c, tl.where(o_f == 3, b_c << 3, 0))
-            b_1 = tl.where(o_f == 6, ((b_c >> 2) & 0x01010101) << 6, b_1)
-            b_1 = tl.where(o_f == 7, (b_c & 0x01010101) << 7, b_1)
+            b_0, b_2, b_1 = planes_of_3_bits(b_c, 0x01010101)
             store_words(tl.sum(b_0, 1), p_head + slot * NB, NB)
             store_words(tl.sum(b_2, 1), p_head + slot * NB + W, NB)
             store_words(tl.sum(b_1, 1), p_head + slot * NB + 2 * W, NB)
         else:
+            o_f = tl.arange(0, F)[None, :, None]
             store_words(tl.sum(b_c << (o_f * BITS), 1), p_head + slot * NB, NB)
     else:
         o_w = tl.arange(0, padded(W, 1))
@@ -245,6 +164,8 @@ def encode_tile(
     p_x,
     m_t,
     is_full,
+    position,
+    CONSTANTS,
     POOL,
     page,
     slot,
@@ -256,6 +177,7 @@ def encode_tile(
     GROUPS: tl.constexpr,
     PAGE: tl.constexpr,
     IS_KEY: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     """Encode the tokens at ``p_x [T]`` into one page, from ``slot`` on.
 
@@ -264,7 +186,12 @@ def encode_tile(
     NB: tl.constexpr = row_bytes(BITS, D)
     p_head = POOL + page * 16 + i_hs * (PAGE * NB)
     p_pairs = (POOL + page * 16 + HS * PAGE * NB).to(tl.pointer_type(tl.int32))
-    if BITS == 16:
+    if not HOW.is_plain:
+        encode_wrapped(
+            p_x, m_t, is_full, position, CONSTANTS, POOL + page * 16, slot, i_hs, HS, D, BITS, G,
+            GROUPS, PAGE, IS_KEY, HOW,
+        )  # fmt: skip
+    elif BITS == 16:
         o_d = tl.arange(0, padded(D, 1))[None, :]
         m_x = m_t[:, None] & (o_d < D)
         p_out = (p_head + (slot + tl.arange(0, p_x.shape[0])) * NB).to(p_x.dtype)
@@ -284,6 +211,7 @@ def encode_prompt(
     COLUMN,
     START,
     COUNT,
+    CONSTANTS,
     POOL,
     TABLE,
     sx_b,
@@ -299,10 +227,13 @@ def encode_prompt(
     PAGE: tl.constexpr,
     T: tl.constexpr,
     IS_KEY: tl.constexpr,
+    HOW: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """Encode COUNT tokens of every row, from its COLUMN on, behind the START it holds.
 
     Grid (tiles, B * HS). Tile i takes T tokens, or one per-channel block, that lie in one page.
+    FIRST: row position of the store's first token.
     """
     i_b = tl.program_id(1) // HS
     i_hs = tl.program_id(1) % HS
@@ -322,12 +253,70 @@ def encode_prompt(
     page = tl.load(TABLE + i_b.to(tl.int64) * table_stride + token // PAGE)
     is_full = (token >= start) & (token + T <= start + count)
     slot = tile % (PAGE // T) * T  # a multiple of T, which the compiler can see
-    encode_tile(p_x, m_t, is_full, POOL, page, slot, i_hs, HS, D, BITS, G, GROUPS, PAGE, IS_KEY)
+    encode_tile(
+        p_x, m_t, is_full, FIRST + o_t, CONSTANTS, POOL, page, slot, i_hs, HS, D, BITS, G, GROUPS,
+        PAGE, IS_KEY, HOW,
+    )  # fmt: skip
+
+
+@triton.jit
+def pack_leaving(
+    p_new,
+    RING,
+    CONSTANTS,
+    POOL,
+    page,
+    at,
+    first,
+    own,
+    before,
+    packed,
+    i_hs,
+    i_row,
+    BLOCK: tl.constexpr,
+    HS: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAGE: tl.constexpr,
+    S: tl.constexpr,
+    QUANTUM: tl.constexpr,
+    CAP: tl.constexpr,
+    IS_KEY: tl.constexpr,
+    HOW: tl.constexpr,
+):
+    """Encode BLOCK of the tokens that leave the residual, from the ``first`` one on."""
+    o_t = first + tl.arange(0, BLOCK)
+    position = S + before + o_t
+    p_t = p_new + tl.zeros([BLOCK], tl.int32)  # the newest token is not in the ring yet
+    if CAP > 0:
+        p_t = tl.where(position == own, p_t, RING + (i_row * CAP + position % CAP) * D)
+    encode_tile(
+        p_t,
+        o_t < packed - before,
+        packed - before == QUANTUM,
+        position,
+        CONSTANTS,
+        POOL,
+        page,
+        at + first,
+        i_hs,
+        HS,
+        D,
+        BITS,
+        G,
+        GROUPS,
+        PAGE,
+        IS_KEY,
+        HOW,
+    )
 
 
 @triton.jit
 def append_side(
     X,
+    CONSTANTS,
     POOL,
     TABLE,
     SINK,
@@ -354,6 +343,7 @@ def append_side(
     CAP: tl.constexpr,
     LIMIT: tl.constexpr,
     IS_KEY: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     """Keep one side of the newest token of a row and head, and pack what it pushes out."""
     o_d = tl.arange(0, padded(D, 1))
@@ -361,31 +351,21 @@ def append_side(
     p_x = X + i_b.to(tl.int64) * sx_b + i_h * sx_h
     b_x = tl.load(p_x + o_d, mask=m_d, other=0.0)
     if packed > before:
-        BLOCK: tl.constexpr = G if G > 0 else QUANTUM  # another head group may have larger ones
+        BLOCK: tl.constexpr = tokens_at_a_time(HOW, G, QUANTUM)
         page = tl.load(TABLE + i_b.to(tl.int64) * table_stride + before // PAGE)
         at = before // QUANTUM % (PAGE // QUANTUM) * QUANTUM if QUANTUM > 1 else before % PAGE
-        for j in tl.static_range(QUANTUM // BLOCK):
-            o_t = j * BLOCK + tl.arange(0, BLOCK)
-            position = S + before + o_t
-            p_t = p_x + tl.zeros([BLOCK], tl.int32)  # the newest token is not in the ring yet
-            if CAP > 0:
-                p_t = tl.where(position == own, p_t, RING + (i_row * CAP + position % CAP) * D)
-            encode_tile(
-                p_t,
-                o_t < packed - before,
-                packed - before == QUANTUM,
-                POOL,
-                page,
-                at + j * BLOCK,
-                i_hs,
-                HS,
-                D,
-                BITS,
-                G,
-                GROUPS,
-                PAGE,
-                IS_KEY,
-            )
+        if HOW.is_plain:
+            for j in tl.static_range(QUANTUM // BLOCK):
+                pack_leaving(
+                    p_x, RING, CONSTANTS, POOL, page, at, j * BLOCK, own, before, packed, i_hs,
+                    i_row, BLOCK, HS, D, BITS, G, GROUPS, PAGE, S, QUANTUM, CAP, IS_KEY, HOW,
+                )  # fmt: skip
+        else:  # a loop: the code of a block is long
+            for j in range(QUANTUM // BLOCK):
+                pack_leaving(
+                    p_x, RING, CONSTANTS, POOL, page, at, j * BLOCK, own, before, packed, i_hs,
+                    i_row, BLOCK, HS, D, BITS, G, GROUPS, PAGE, S, QUANTUM, CAP, IS_KEY, HOW,
+                )  # fmt: skip
     if own < S:
         tl.store(SINK + (i_row * S + own) * D + o_d, b_x, mask=m_d)
     elif CAP > 0:
@@ -412,6 +392,8 @@ def append_step(
     PADDING,
     FLOOR,
     FLAGS,
+    K_CONSTANTS,
+    V_CONSTANTS,
     sk_b,
     sk_h,
     sv_b,
@@ -435,6 +417,8 @@ def append_step(
     CAP: tl.constexpr,
     K_LIMIT: tl.constexpr,
     V_LIMIT: tl.constexpr,
+    K_HOW: tl.constexpr,
+    V_HOW: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Keep the newest token of every row, and pack the QUANTUM tokens it pushes out, if any.
@@ -457,13 +441,13 @@ def append_step(
     if own >= 0:  # else the row has had nothing but padding
         if tl.program_id(1) == 0:
             append_side(
-                K, K_POOL, K_TABLE, SINK_K, RING_K, FLAGS, own, before, packed, sk_b, sk_h,
-                k_stride, i_b, i_h, i_hs, i_row, HS, DK, KB, G, KG, PAGE, S, QUANTUM, CAP,
-                K_LIMIT, True,
+                K, K_CONSTANTS, K_POOL, K_TABLE, SINK_K, RING_K, FLAGS, own, before, packed, sk_b,
+                sk_h, k_stride, i_b, i_h, i_hs, i_row, HS, DK, KB, G, KG, PAGE, S, QUANTUM, CAP,
+                K_LIMIT, True, K_HOW,
             )  # fmt: skip
         else:
             append_side(
-                V, V_POOL, V_TABLE, SINK_V, RING_V, FLAGS + 1, own, before, packed, sv_b, sv_h,
-                v_stride, i_b, i_h, i_hs, i_row, HS, DV, VB, 0, VG, PAGE, S, QUANTUM, CAP,
-                V_LIMIT, False,
+                V, V_CONSTANTS, V_POOL, V_TABLE, SINK_V, RING_V, FLAGS + 1, own, before, packed,
+                sv_b, sv_h, v_stride, i_b, i_h, i_hs, i_row, HS, DV, VB, 0, VG, PAGE, S, QUANTUM,
+                CAP, V_LIMIT, False, V_HOW,
             )  # fmt: skip
