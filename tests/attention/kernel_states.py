@@ -11,25 +11,30 @@ import torch
 
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
-from kvbits.codecs import Affine, Identity, Rotated
+from kvbits.codecs import Affine, Identity, Rotated, VarianceNormalised
 from kvbits.codecs.pages import PageStore
 from kvbits.testing import attend_naively
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def codec(bits, key_group=0, group_size=None, is_rotated=False):
+def codec(bits, key_group=0, group_size=None, is_rotated=False, scaled=None, tile_tokens=0):
     if bits == 16:
         return Identity()
-    plain = Affine(bits=bits, group_size=group_size)
+    made = Affine(bits=bits, group_size=group_size)
     if key_group:
-        plain = Affine(bits=bits, granularity="per_channel", group_size=key_group)
-    return Rotated(inner=plain, sign_seed=3) if is_rotated else plain
+        made = Affine(bits=bits, granularity="per_channel", group_size=key_group)
+    if tile_tokens:
+        made = VarianceNormalised(inner=made, scaled=scaled, tile_tokens=tile_tokens)
+    return Rotated(inner=made, sign_seed=3) if is_rotated else made
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A shape, a storage and an attention; ``packed`` and ``exact`` are tokens of every row."""
+    """A shape, a storage and an attention; ``packed`` and ``exact`` are tokens of every row.
+
+    ``key_tile`` and ``value_tile``, if any, are tokens whose spread is evened out.
+    """
 
     key_bits: int = 4
     value_bits: int = 4
@@ -44,6 +49,8 @@ class Case:
     num_sinks: int = 0
     num_queries: int = 1
     is_rotated: bool = False
+    key_tile: int = 0
+    value_tile: int = 0
     dtype: torch.dtype = torch.bfloat16
     softcap: float | None = None
     window: int | None = None
@@ -83,8 +90,8 @@ class Case:
         """Of keys and of values."""
         size = self.dims[1] // self.value_groups if self.value_groups > 1 else None
         return (
-            codec(self.key_bits, self.key_group, None, self.is_rotated),
-            codec(self.value_bits, 0, size, self.is_rotated),
+            codec(self.key_bits, self.key_group, None, self.is_rotated, "token", self.key_tile),
+            codec(self.value_bits, 0, size, self.is_rotated, "channel", self.value_tile),
         )
 
     def schedule(self, **changes):
@@ -127,7 +134,7 @@ def make(case, poison=False):
             num_rows=rows,
             dtype=case.dtype,
             device=DEVICE,
-            page_tokens=max(64, case.key_group),
+            page_tokens=max(64, case.key_group, case.key_tile, case.value_tile),
         )
         for each, side, dim in zip(codecs, ("key", "value"), dims, strict=True)
     ]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.schedule import Device, Shape, SideShape, choose
-from kvbits.codecs import Affine, Identity
+from kvbits.codecs import Affine, Identity, Rotated, VarianceNormalised
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan
+from kvbits.methods.kvarn import KVarN
 
 
 @st.composite
@@ -123,17 +124,35 @@ def test_a_schedule_says_what_it_is():
     assert str(choose(serving_shape(1, 64, 4, 4))) == "int8, 64-token tiles, 1 splits"
 
 
+def normalised(scaled, **changes):
+    return VarianceNormalised(inner=Affine(bits=4), scaled=scaled, **changes)
+
+
 @pytest.mark.parametrize(
     ("codec", "side", "head_dim", "rule"),
     [
-        (Affine(bits=4, symmetric=True), "key", 128, "key codec must be affine"),
-        (Affine(bits=4, parameter_dtype="float32"), "value", 128, "value codec must be affine"),
+        (Affine(bits=4, symmetric=True), "key", 128, "key codec must be exact, or affine"),
+        (
+            Affine(bits=4, parameter_dtype="float32"),
+            "value",
+            128,
+            "value codec must be exact, or affine",
+        ),
         (Affine(bits=4), "key", 80, "head_dim must be one of"),
         (Affine(bits=4, granularity="per_channel", group_size=16), "key", 128, "group_size"),
         (Affine(bits=4, granularity="per_channel", group_size=32), "value", 128, "per token"),
         (Affine(bits=4, group_size=32), "key", 128, "keys must have one scale per token"),
         (Affine(bits=4, group_size=16), "value", 128, "values must have one of"),
         (Affine(bits=4, group_size=48), "value", 96, "scale groups must be a power of two"),
+        (normalised("channel"), "key", 128, "keys must be scaled per token, got 'channel'"),
+        (normalised("token"), "value", 128, "values must be scaled per channel, got 'token'"),
+        (normalised("channel", tile_tokens=16), "value", 128, "at least 32, got 16"),
+        (
+            VarianceNormalised(inner=Rotated(inner=Affine(bits=4)), scaled="channel"),
+            "value",
+            128,
+            "got variance_normalised(rotated(affine))",
+        ),
     ],
 )
 def test_what_no_kernel_reads_is_named(codec, side, head_dim, rule):
@@ -165,6 +184,18 @@ def test_a_layer_is_described_by_its_choice_or_by_what_is_in_the_way():
     assert heads == "reference: query heads per key/value head must be at most 16, got 32"
     odd = LAYER.model_copy(update={"key_head_dim": 80})
     assert schedules.describe(plan, odd, 32, 32768).startswith("reference: head_dim must be")
+
+
+def test_tiles_that_are_normalised_run_as_their_codes_do():
+    plan = KVarN().layer_plan(LAYER, None)
+    assert schedules.unsupported(plan, 128, 128) is None
+    assert not schedules.is_writable(plan, 128, 128)
+    (shape,) = schedules.decode_shapes(plan, LAYER, 32, 32768)
+    # 2-bit codes, pairs of float16, and one float16 more of a token or of a tile's channels
+    assert (shape.key.token_bytes, shape.value.token_bytes) == (32 + 4 + 2, 32 + 4 + 2)
+    assert schedules.describe(plan, LAYER, 32, 32768).startswith("int8, 128-token tiles")
+    halves = shape._replace(value=shape.value._replace(scale_tile=64))
+    assert choose(halves).tile == 64
 
 
 def test_head_groups_share_their_splits():

@@ -105,6 +105,33 @@ ATTENTIONS |= {
     }.items()
 }
 
+KVARN = Case(
+    key_bits=2, value_bits=2, key_group=128, key_tile=128, value_tile=128, is_rotated=True,
+    num_heads=1, packed=(256, 128),
+)  # fmt: skip
+ATTENTIONS |= {
+    f"normalised, {name}": case
+    for name, case in {
+        "2 bits, sinks": replace(KVARN, num_heads=2, num_sinks=5),
+        "4 bits, GQA 8": replace(
+            KVARN, key_bits=4, value_bits=4, group_queries=8, packed=(128,), exact=(7,)),
+        "fp16": replace(KVARN, group_queries=9, packed=(128,), exact=(7,), dtype=torch.float16),
+        "queries, window": replace(KVARN, num_queries=5, exact=(30, 25), window=90),
+        "tiles of 64": replace(
+            KVARN, is_rotated=False, key_bits=4, value_bits=4, key_group=64, key_tile=64,
+            value_tile=64, packed=(192, 64)),
+        "short value tiles": replace(KVARN, value_tile=32, packed=(128,), exact=(9,)),
+        "value groups": replace(KVARN, is_rotated=False, value_groups=4, softcap=4.0),
+        "3 bits": replace(KVARN, key_bits=3, value_bits=3, head_dim=64, packed=(128, 128)),
+        "3 bits, fp16": replace(
+            KVARN, key_bits=3, value_bits=3, head_dim=96, is_rotated=False, form="fp16"),
+        "8 bits, keys per token": replace(
+            KVARN, key_bits=8, value_bits=8, key_group=0, packed=(128, 128)),
+        "keys only": replace(KVARN, value_bits=16, value_tile=0),
+        "values only": replace(KVARN, key_bits=16, key_group=0, key_tile=0),
+    }.items()
+}  # fmt: skip
+
 
 def run(case, query, states, **changes):
     return attend(query, states, case.scale, schedule=case.schedule(**changes), **case.options)

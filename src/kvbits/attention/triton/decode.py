@@ -271,6 +271,8 @@ def _constants(
         "VB": shape.value.bits,
         "G": shape.key.key_group,
         "VG": shape.value.groups,
+        "KT": shape.key.has_token_scale,
+        "VT": shape.value.scale_tile,
         "PAGE": group.key.page_tokens,
         "GQ": shape.group_queries,
         "BN": plan.tile,

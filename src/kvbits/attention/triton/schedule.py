@@ -22,6 +22,7 @@ from kvbits.codecs import (
     Outliers,
     PreRope,
     Rotated,
+    VarianceNormalised,
 )
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, LayerPlan, Side
@@ -77,6 +78,8 @@ class SideShape(NamedTuple):
         has_offset: Whether scales have an offset beside them.
         slots: Outliers of every token that are stored apart.
         rotary_pairs: Pairs of channels that are stored as before the rotary embedding.
+        has_token_scale: Whether every token has one scale more, which multiplies its states.
+        scale_tile: Tokens that share one scale more of every channel; 0 where there is none.
     """
 
     bits: int
@@ -88,12 +91,16 @@ class SideShape(NamedTuple):
     has_offset: bool = True
     slots: int = 0
     rotary_pairs: int = 0
+    has_token_scale: bool = False
+    scale_tile: int = 0
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token and head, scales included."""
         pairs = self.head_dim / self.key_group if self.key_group else self.groups
-        return round(self.head_dim * self.bits / 8 + (4 * pairs if self.bits < 16 else 0))
+        more = self.has_token_scale + (self.head_dim / self.scale_tile if self.scale_tile else 0)
+        scales = 4 * pairs + 2 * more if self.bits < 16 else 0
+        return round(self.head_dim * self.bits / 8 + scales)
 
 
 class Shape(NamedTuple):
@@ -166,6 +173,11 @@ def side_shape(codec: Codec, head_dim: int) -> SideShape | None:
     if isinstance(codec, Outliers):
         inner = side_shape(codec.inner, head_dim)
         return inner and inner._replace(slots=codec.slots)
+    if isinstance(codec, VarianceNormalised):  # a scale of channels comes before any rotation
+        inner = _leaf_shape(codec.inner, head_dim)
+        if codec.scaled == "token":
+            return inner and inner._replace(has_token_scale=True)
+        return inner and inner._replace(scale_tile=codec.tile_tokens)
     return _leaf_shape(codec, head_dim)
 
 
@@ -195,9 +207,12 @@ def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
     shape = side_shape(codec, head_dim)
     if shape is None or shape.has_levels or shape.slots or shape.rotary_pairs:
         return (
-            f"{side} codec must be exact or affine with float16 scale and offset, rotated or not, "
-            f"got {codec.summary}"
+            f"{side} codec must be exact, or affine with float16 scale and offset, rotated, "
+            f"variance_normalised or neither, got {codec.summary}"
         )
+    reason = _unsupported_scale(shape, side)
+    if reason:
+        return reason
     if head_dim not in HEAD_DIMS:
         return f"head_dim must be one of {HEAD_DIMS}, got {head_dim}"
     if shape.key_group:
@@ -212,6 +227,17 @@ def unsupported_side(codec: Codec, side: Side, head_dim: int) -> str | None:
     # A plane of values is one scale group's rows: a power of two, and a whole matrix tile.
     if shape.groups > 1 and (head_dim & (head_dim - 1) or head_dim // shape.groups < 16):
         return f"scale groups must be a power of two of at least 16 channels, got {codec!r}"
+    return None
+
+
+def _unsupported_scale(shape: SideShape, side: Side) -> str | None:
+    """Why no kernel applies the scales that normalise a side, or None if one does."""
+    if side == "key" and shape.scale_tile:
+        return "variance_normalised keys must be scaled per token, got 'channel'"
+    if side == "value" and shape.has_token_scale:
+        return "variance_normalised values must be scaled per channel, got 'token'"
+    if shape.scale_tile and (shape.scale_tile & (shape.scale_tile - 1) or shape.scale_tile < 32):
+        return f"tile_tokens must be a power of two of at least 32, got {shape.scale_tile}"
     return None
 
 
@@ -233,10 +259,13 @@ def unsupported(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> str 
 
 def is_writable(plan: LayerPlan, key_head_dim: int, value_head_dim: int) -> bool:
     """Whether kernels encode the states of a layer that they can read."""
-    return not any(
-        supported_shape(group.codec(side), head_dim).is_rotated
+    shapes = [
+        supported_shape(group.codec(side), head_dim)
         for group in plan.groups
         for side, head_dim in zip(SIDES, (key_head_dim, value_head_dim), strict=True)
+    ]
+    return not any(
+        shape.is_rotated or shape.has_token_scale or shape.scale_tile for shape in shapes
     )
 
 
@@ -322,9 +351,10 @@ def _form(shape: Shape) -> Form:
 
 def _tile(shape: Shape) -> int:
     group = shape.key.key_group
-    if group == 128 and shape.num_queries == 1:
+    shared = min(tokens for tokens in (group, shape.value.scale_tile, 128) if tokens)
+    if group == shared == 128 and shape.num_queries == 1:
         return 128  # a group's scales are applied to the query once
-    return min(TILE_TOKENS, group) if group else TILE_TOKENS
+    return min(TILE_TOKENS, shared)
 
 
 def _columns(shape: Shape, form: Form) -> int:

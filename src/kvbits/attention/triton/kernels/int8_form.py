@@ -23,11 +23,14 @@ import triton.language as tl
 from kvbits.attention.triton.kernels.common import (
     NOTHING,
     attend_exact,
+    channel_scales,
     page_offset,
     row_lengths,
+    rows_of,
     soft_capped,
     store_partial,
     tiles_of_split,
+    token_scales,
 )
 from kvbits.attention.triton.kernels.layout import (
     field_channel,
@@ -36,6 +39,7 @@ from kvbits.attention.triton.kernels.layout import (
     field_weight,
     has_top_bit,
     high_half,
+    is_third_plane,
     length_of,
     low_half,
     num_segments,
@@ -108,6 +112,14 @@ def joined(b_d, ROWS: tl.constexpr, GP: tl.constexpr):
 def by_eight(b_x, ROWS: tl.constexpr, GP: tl.constexpr):
     """Sum ``[ROWS, GP]`` to ``[8, GP]``: a thread's share; lanes are summed once, at the end."""
     return tl.sum(tl.reshape(b_x, [ROWS // 8, 8, GP]), 0)
+
+
+@triton.jit
+def in_codes(b_o, b_w, MASK: tl.constexpr, WEIGHT: tl.constexpr):
+    """Sums of the codes of a field from those of its bits in place; ``b_w`` flips bit 7 back."""
+    if MASK >= 128:
+        b_o += tl.sum(b_w, 0)[None, :] * 128
+    return b_o * WEIGHT
 
 
 @triton.jit
@@ -256,6 +268,8 @@ def attend_int8(
     VB: tl.constexpr,
     G: tl.constexpr,
     VG: tl.constexpr,
+    KT: tl.constexpr,
+    VT: tl.constexpr,
     PAGE: tl.constexpr,
     GQ: tl.constexpr,
     GP: tl.constexpr,
@@ -274,7 +288,8 @@ def attend_int8(
 
     The first splits take packed tiles, the last the exact tokens. G: tokens of a per-channel
     key group, 0 for per-token keys. VG: scale groups of a value. QR: the query as packed keys are
-    rotated, of the strides of Q.
+    rotated, of the strides of Q. KT: whether every packed key has a scale beside those of its
+    codes. VT: packed values that share a scale of every channel, 0 where there is none.
     """
     i_bh = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -389,6 +404,8 @@ def attend_int8(
         p_v = V_POOL + v_page * 16 + i_hs * (PAGE * VR) + at
         p_ks = (K_POOL + k_page * 16 + HS * PAGE * KR).to(tl.pointer_type(tl.int32))
         p_vs = (V_POOL + v_page * 16 + HS * PAGE * VR).to(tl.pointer_type(tl.int32))
+        if VT > 0:  # long before they are needed: no pipeline fetches what feeds no product
+            b_vc = channel_scales(p_vs, i_hs, at, HS, PAGE, VT, DV, VB, VG, VW)
         if G > 0:
             p_group = p_ks + i_hs * KEY_PAIRS + at // G * DK
             b_pairs = tl.load(p_group + o_d, mask=o_d < DK, other=0)
@@ -421,6 +438,8 @@ def attend_int8(
         if G == 0:
             b_ks = tl.load(p_ks + i_hs * KEY_PAIRS + at + o_n)
             b_s = b_s * low_half(b_ks)[:, None] + high_half(b_ks)[:, None] * b_qsum[None, :]
+        if KT:
+            b_s *= token_scales(p_ks, i_hs, at, o_n, HS, KEY_PAIRS, PAGE)
         if SOFTCAP:
             b_s = soft_capped(b_s, cap)
         m_n = o_n < packed - n
@@ -445,10 +464,11 @@ def attend_int8(
             )
             b_pv = b_p * low_half(b_vs)[:, None]
             b_top = tl.maximum(tl.max(low_half(b_vs), 0), TINY)
-            b_pz = by_eight(b_p * high_half(b_vs)[:, None], BN, GP)
-            b_z_new = b_z_new + (b_z[g] * b_a + b_b * b_pz,)
+            b_pz = b_b * by_eight(b_p * high_half(b_vs)[:, None], BN, GP)
+            b_z_new = b_z_new + (b_pz if VT > 0 else b_z[g] * b_a + b_pz,)
             if has_top_bit(VB, VG, g):
-                b_w_new = b_w_new + (b_w[g] * b_a + b_b * by_eight(b_pv, BN, GP),)
+                b_pw = b_b * by_eight(b_pv, BN, GP)
+                b_w_new = b_w_new + (b_pw if VT > 0 else b_w[g] * b_a + b_pw,)
             else:
                 b_w_new = b_w_new + (b_w[g],)
             # the token order of a value page: the four bytes of a register are one thread's rows
@@ -465,12 +485,18 @@ def attend_int8(
                     b_vw = tl.load(p_vw)
                 else:
                     b_vw = tl.load(p_vw, mask=(o_vr < VROWS)[:, None], other=0)
-            if VG == 1:
+            if VG == 1 and VT == 0:
                 b_op = masked_bytes(b_vw, prefix_mask(VB, FIELDS[k][1]), COMPILED)
             else:
                 b_op = masked_bytes(b_vw, field_mask(VB, FIELDS[k]), COMPILED)
             b_d = tl.dot(b_op, b_p8[field_group(VB, VG, FIELDS[k])], out_dtype=tl.int32)
             b_d = joined(b_d, VW, GP) * b_o_scale[field_group(VB, VG, FIELDS[k])]
+            if VT > 0:  # a tile's sums are states before they are scaled
+                b_wk = b_w[field_group(VB, VG, FIELDS[k])]
+                b_d = in_codes(b_d, b_wk, field_mask(VB, FIELDS[k]), field_weight(VB, FIELDS[k]))
+                if not is_third_plane(VB, FIELDS[k]):
+                    b_d += tl.sum(b_z[field_group(VB, VG, FIELDS[k])], 0)[None, :]
+                b_d *= rows_of(b_vc[k], VW)
             b_acc_new = b_acc_new + (b_acc[k] * b_a + b_d,)
         b_acc = b_acc_new
 
@@ -480,19 +506,20 @@ def attend_int8(
     b_bits = ()  # the bits of 3-bit channels 6 and 7 that lie in the third plane
     for j in tl.static_range(NF - 1, -1, -1):
         b_o = b_acc[j]
-        if VG == 1 and j > 0:
-            if FIELDS[j][0] == FIELDS[j - 1][0]:
-                b_o -= b_acc[j - 1]
-        if field_mask(VB, FIELDS[j]) >= 128:
-            b_o += tl.sum(b_w[field_group(VB, VG, FIELDS[j])], 0)[None, :] * 128
-        b_o *= field_weight(VB, FIELDS[j])
-        if VB == 3 and j >= 8:
+        if VT == 0:
+            if VG == 1 and j > 0:
+                if FIELDS[j][0] == FIELDS[j - 1][0]:
+                    b_o -= b_acc[j - 1]
+            b_wj = b_w[field_group(VB, VG, FIELDS[j])]
+            b_o = in_codes(b_o, b_wj, field_mask(VB, FIELDS[j]), field_weight(VB, FIELDS[j]))
+        if is_third_plane(VB, FIELDS[j]):
             b_bits = b_bits + (b_o,)
         else:
             if VB == 3 and j == 2:  # channel 6
                 b_o += b_bits[1]
             if VB == 3 and j == 5:  # channel 7
                 b_o += b_bits[0]
-            b_o += tl.sum(b_z[field_group(VB, VG, FIELDS[j])], 0)[None, :]
+            if VT == 0:
+                b_o += tl.sum(b_z[field_group(VB, VG, FIELDS[j])], 0)[None, :]
             o_d = o_vr + field_channel(VB, DV, VG, FIELDS[j])
             store_partial(PO, PM, b_m, b_sum, b_o, p_part, o_d, o_vr < VROWS, o_g, m_g, DV)
