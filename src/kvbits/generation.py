@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvbits.attention.hf import enable
-from kvbits.attention.triton.schedule import unsupported_heads
+from kvbits.attention.triton.support import unsupported_heads
 from kvbits.cache.hf import QuantizedCache
 from kvbits.errors import UnsupportedModelError
 from kvbits.geometry import ModelGeometry

@@ -11,25 +11,31 @@ import torch
 
 from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
-from kvbits.codecs import Affine, Codec, Identity, Rotated
+from kvbits.attention.triton import support
+from kvbits.codecs import Affine, Codec, Identity, Rotated, VarianceNormalised
 from kvbits.codecs.pages import PageStore
 from kvbits.testing import attend_naively
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def codec(bits, key_group=0, group_size=None, is_rotated=False):
+def codec(bits, key_group=0, group_size=None, is_rotated=False, scaled=None, tile_tokens=0):
     if bits == 16:
         return Identity()
-    plain = Affine(bits=bits, group_size=group_size)
+    made = Affine(bits=bits, group_size=group_size)
     if key_group:
-        plain = Affine(bits=bits, granularity="per_channel", group_size=key_group)
-    return Rotated(inner=plain, sign_seed=3) if is_rotated else plain
+        made = Affine(bits=bits, granularity="per_channel", group_size=key_group)
+    if tile_tokens:
+        made = VarianceNormalised(inner=made, scaled=scaled, tile_tokens=tile_tokens)
+    return Rotated(inner=made, sign_seed=3) if is_rotated else made
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A shape, a storage and an attention; ``packed`` and ``exact`` are tokens of every row."""
+    """A shape, a storage and an attention; ``packed`` and ``exact`` are tokens of every row.
+
+    ``key_tile`` and ``value_tile``, if any, are tokens whose spread is evened out.
+    """
 
     key_bits: int = 4
     value_bits: int = 4
@@ -46,6 +52,8 @@ class Case:
     is_rotated: bool = False
     key_codec: Codec | None = None
     value_codec: Codec | None = None
+    key_tile: int = 0
+    value_tile: int = 0
     dtype: torch.dtype = torch.bfloat16
     softcap: float | None = None
     window: int | None = None
@@ -85,13 +93,15 @@ class Case:
         """Of keys and of values."""
         size = self.dims[1] // self.value_groups if self.value_groups > 1 else None
         return (
-            self.key_codec or codec(self.key_bits, self.key_group, None, self.is_rotated),
-            self.value_codec or codec(self.value_bits, 0, size, self.is_rotated),
+            self.key_codec
+            or codec(self.key_bits, self.key_group, None, self.is_rotated, "token", self.key_tile),
+            self.value_codec
+            or codec(self.value_bits, 0, size, self.is_rotated, "channel", self.value_tile),
         )
 
     def schedule(self, **changes):
         """What the heuristic chooses, in the form the case asks for."""
-        key, value = map(schedules.side_shape, self.codecs, self.dims)
+        key, value = map(support.side_shape, self.codecs, self.dims)
         shape = schedules.Shape(
             key=key,
             value=value,

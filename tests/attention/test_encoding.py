@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvbits.attention.triton.encoding import Encoding, encoding
-from kvbits.attention.triton.schedule import is_writable
+from kvbits.attention.triton.support import is_writable
 from kvbits.codecs import (
     Affine,
     Codebook,

@@ -10,23 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbits.attention.triton import schedule as schedules
-from kvbits.attention.triton.schedule import Device, Shape, SideShape, choose
-from kvbits.codecs import Affine, Identity
+from kvbits.attention.triton import support
+from kvbits.attention.triton.schedule import Device, Shape, choose
+from kvbits.attention.triton.support import SideShape
+from kvbits.codecs import Affine, Identity, Rotated, VarianceNormalised
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan
+from kvbits.methods.kvarn import KVarN
 
 
 @st.composite
 def shapes(draw):
-    head_dim = draw(st.sampled_from(schedules.HEAD_DIMS))
-    key_bits, value_bits = (draw(st.sampled_from(schedules.BITS)) for _ in range(2))
-    key_group = draw(st.sampled_from((0, *schedules.KEY_GROUPS))) if key_bits < 16 else 0
-    groups = draw(st.sampled_from(schedules.VALUE_GROUPS)) if value_bits < 16 else 1
+    head_dim = draw(st.sampled_from(support.HEAD_DIMS))
+    key_bits, value_bits = (draw(st.sampled_from(support.BITS)) for _ in range(2))
+    key_group = draw(st.sampled_from((0, *support.KEY_GROUPS))) if key_bits < 16 else 0
+    groups = draw(st.sampled_from(support.VALUE_GROUPS)) if value_bits < 16 else 1
     num_tokens = draw(st.integers(0, 1 << 20))
     return Shape(
         key=SideShape(key_bits, key_group, 1, head_dim),
         value=SideShape(value_bits, 0, groups, head_dim),
-        group_queries=draw(st.integers(1, schedules.MAX_GROUP_QUERIES)),
+        group_queries=draw(st.integers(1, support.MAX_GROUP_QUERIES)),
         num_queries=draw(st.sampled_from((1, 1, 1, 2, 7, 128, 2048))),
         rows=draw(st.integers(1, 2048)),
         num_tokens=num_tokens,
@@ -123,6 +126,10 @@ def test_a_schedule_says_what_it_is():
     assert str(choose(serving_shape(1, 64, 4, 4))) == "int8, 64-token tiles, 1 splits"
 
 
+def normalised(scaled, **changes):
+    return VarianceNormalised(inner=Affine(bits=4), scaled=scaled, **changes)
+
+
 @pytest.mark.parametrize(
     ("codec", "side", "head_dim", "rule"),
     [
@@ -134,20 +141,29 @@ def test_a_schedule_says_what_it_is():
         (Affine(bits=4, group_size=32), "key", 128, "keys must have one scale per token"),
         (Affine(bits=4, group_size=16), "value", 128, "values must have one of"),
         (Affine(bits=4, group_size=48), "value", 96, "scale groups must be a power of two"),
+        (normalised("channel"), "key", 128, "keys must be scaled per token, got 'channel'"),
+        (normalised("token"), "value", 128, "values must be scaled per channel, got 'token'"),
+        (normalised("channel", tile_tokens=16), "value", 128, "at least 32, got 16"),
+        (
+            VarianceNormalised(inner=Rotated(inner=Affine(bits=4)), scaled="channel"),
+            "value",
+            128,
+            "got variance_normalised(rotated(affine))",
+        ),
     ],
 )
 def test_what_no_kernel_reads_is_named(codec, side, head_dim, rule):
-    assert rule in schedules.unsupported_side(codec, side, head_dim)
+    assert rule in support.unsupported_side(codec, side, head_dim)
 
 
-@pytest.mark.parametrize("head_dim", schedules.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", support.HEAD_DIMS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_what_kernels_read_has_no_objection(bits, head_dim):
     for key in (Affine(bits=bits), Affine(bits=bits, granularity="per_channel", group_size=64)):
         for value in (Affine(bits=bits), Identity()):
-            assert schedules.unsupported(LayerPlan.uniform(key, value), head_dim, head_dim) is None
-    assert schedules.unsupported_heads(16) is None
-    assert "at most 16, got 17" in schedules.unsupported_heads(17)
+            assert support.unsupported(LayerPlan.uniform(key, value), head_dim, head_dim) is None
+    assert support.unsupported_heads(16) is None
+    assert "at most 16, got 17" in support.unsupported_heads(17)
 
 
 LAYER = LayerGeometry(
@@ -165,6 +181,18 @@ def test_a_layer_is_described_by_its_choice_or_by_what_is_in_the_way():
     assert heads == "reference: query heads per key/value head must be at most 16, got 32"
     odd = LAYER.model_copy(update={"key_head_dim": 80})
     assert schedules.describe(plan, odd, 32, 32768).startswith("reference: head_dim must be")
+
+
+def test_tiles_that_are_normalised_run_as_their_codes_do():
+    plan = KVarN().layer_plan(LAYER, None)
+    assert support.unsupported(plan, 128, 128) is None
+    assert not support.is_writable(plan)
+    (shape,) = schedules.decode_shapes(plan, LAYER, 32, 32768)
+    # 2-bit codes, pairs of float16, and one float16 more of a token or of a tile's channels
+    assert (shape.key.token_bytes, shape.value.token_bytes) == (32 + 4 + 2, 32 + 4 + 2)
+    assert schedules.describe(plan, LAYER, 32, 32768).startswith("int8, 128-token tiles")
+    halves = shape._replace(value=shape.value._replace(scale_tile=64))
+    assert choose(halves).tile == 64
 
 
 def test_head_groups_share_their_splits():

@@ -10,6 +10,7 @@ import torch
 from kernel_states import DEVICE, Case, expected, make
 
 from kvbits.attention.triton import schedule as schedules
+from kvbits.attention.triton import support
 from kvbits.codecs import Codebook, NormScaled, Outliers, PreRope, Rotated
 from kvbits.codecs.levels import lloyd_max, normal_float
 
@@ -23,7 +24,7 @@ TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1.5e-3}
 
 LAYOUTS = {
     f"K{key}V{value}": Case(key_bits=key, value_bits=value)
-    for key, value in itertools.product(schedules.BITS, repeat=2)
+    for key, value in itertools.product(support.BITS, repeat=2)
 }
 LAYOUTS |= {
     f"K{bits}V{bits}-G{group}-V{groups}": Case(
@@ -106,6 +107,33 @@ ATTENTIONS |= {
         "nothing packed": Case(packed=(0, 5), exact=(3, 1)),
     }.items()
 }
+
+KVARN = Case(
+    key_bits=2, value_bits=2, key_group=128, key_tile=128, value_tile=128, is_rotated=True,
+    num_heads=1, packed=(256, 128),
+)  # fmt: skip
+ATTENTIONS |= {
+    f"normalised, {name}": case
+    for name, case in {
+        "2 bits, sinks": replace(KVARN, num_heads=2, num_sinks=5),
+        "4 bits, GQA 8": replace(
+            KVARN, key_bits=4, value_bits=4, group_queries=8, packed=(128,), exact=(7,)),
+        "fp16": replace(KVARN, group_queries=9, packed=(128,), exact=(7,), dtype=torch.float16),
+        "queries, window": replace(KVARN, num_queries=5, exact=(30, 25), window=90),
+        "tiles of 64": replace(
+            KVARN, is_rotated=False, key_bits=4, value_bits=4, key_group=64, key_tile=64,
+            value_tile=64, packed=(192, 64)),
+        "short value tiles": replace(KVARN, value_tile=32, packed=(128,), exact=(9,)),
+        "value groups": replace(KVARN, is_rotated=False, value_groups=4, softcap=4.0),
+        "3 bits": replace(KVARN, key_bits=3, value_bits=3, head_dim=64, packed=(128, 128)),
+        "3 bits, fp16": replace(
+            KVARN, key_bits=3, value_bits=3, head_dim=96, is_rotated=False, form="fp16"),
+        "8 bits, keys per token": replace(
+            KVARN, key_bits=8, value_bits=8, key_group=0, packed=(128, 128)),
+        "keys only": replace(KVARN, value_bits=16, value_tile=0),
+        "values only": replace(KVARN, key_bits=16, key_group=0, key_tile=0),
+    }.items()
+}  # fmt: skip
 
 
 def looked_up(bits, *, group=0, slots=0, is_turned=False, head_dim=128, by="token"):
@@ -223,7 +251,7 @@ def test_scratch_does_not_grow_with_the_context():
     for num_queries in (1, 16, 128):
         sizes = set()
         for num_tokens in (1 << 15, 1 << 17, 1 << 20):
-            side = schedules.SideShape(4, 0, 1, 128)
+            side = support.SideShape(4, 0, 1, 128)
             shape = schedules.Shape(side, side, 4, num_queries, 64, num_tokens, 65)
             plan = schedules.choose(shape)
             sizes.add(scratch_bytes(8, 32, num_queries, plan, 128))

@@ -13,6 +13,7 @@ from kvbits.cache.hf import QuantizedCache, watch_padding
 from kvbits.codecs import Affine, Identity, Rotated
 from kvbits.errors import KernelUnavailableError, UnsupportedModelError
 from kvbits.layer_plan import LayerPlan
+from kvbits.methods.kvarn import KVarN
 from kvbits.testing import tiny_config, tiny_model
 
 pytest.importorskip("triton")
@@ -123,6 +124,16 @@ def test_padded_rows_are_those_of_the_reference(model, plan, room):
     mask = padded(prompt(), (0, 19))
     ours, theirs = (
         step_logits(model, new_cache(model, plan, impl=impl, max_tokens=room), mask=mask)
+        for impl in ("triton", "reference")
+    )
+    assert_close(ours, theirs)
+
+
+def test_normalised_tiles_give_the_logits_of_the_reference(llama):
+    method = KVarN(key_bits=4, value_bits=4, tile_tokens=32, sink_tokens=2)
+    plan = method.layer_plan(None, None)
+    ours, theirs = (
+        step_logits(llama, new_cache(llama, plan, impl=impl, max_tokens=64))
         for impl in ("triton", "reference")
     )
     assert_close(ours, theirs)

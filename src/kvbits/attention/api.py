@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvbits.attention import compiled, reference
 from kvbits.attention.states import KernelStates, LayerStates, StepStates, store_groups
-from kvbits.attention.triton import schedule
+from kvbits.attention.triton import support
 from kvbits.errors import KernelUnavailableError
 from kvbits.layer_plan import LayerPlan
 
@@ -95,7 +95,7 @@ def _unsupported_call(
         return "a mask that is not causal with left padding"
     if query.dtype not in KERNEL_DTYPES:
         return f"a query of {query.dtype}"
-    return schedule.unsupported_heads(query.shape[1] // states.num_heads)
+    return support.unsupported_heads(query.shape[1] // states.num_heads)
 
 
 def chunk_states(states: LayerStates) -> KernelStates | None:
@@ -153,7 +153,7 @@ def resolve_impl(
         reason = unavailable(device, interpreted=impl == "triton")
         if reason is None and dtype not in KERNEL_DTYPES:
             reason = f"states must be bfloat16 or float16, got {dtype}"
-        reason = reason or schedule.unsupported(plan, key_head_dim, value_head_dim)
+        reason = reason or support.unsupported(plan, key_head_dim, value_head_dim)
     if reason is None:
         return impl
     if impl == "auto":

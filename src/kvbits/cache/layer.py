@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvbits.attention.api import KERNEL_IMPLS, Impl, resolve_impl
 from kvbits.attention.states import LayerStates, SideStates, StepStates, store_groups
-from kvbits.attention.triton.schedule import is_writable
+from kvbits.attention.triton.support import is_writable
 from kvbits.cache.side import SideStorage, below
 from kvbits.cache.stepping import Clocks, Stepper
 from kvbits.codecs.affine import round_down

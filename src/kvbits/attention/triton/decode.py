@@ -19,12 +19,14 @@ from kvbits.attention.states import KernelStates, StoreGroup
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.kernels.common import LOG2E
 from kvbits.attention.triton.kernels.fp16_form import attend_fp16
-from kvbits.attention.triton.kernels.int8_form import attend_int8, key_width, prepare_queries
+from kvbits.attention.triton.kernels.int8_form import attend_int8
+from kvbits.attention.triton.kernels.int8_query import key_width, prepare_queries
 from kvbits.attention.triton.kernels.layout import num_segments
 from kvbits.attention.triton.kernels.merge import merge_splits, rotate_queries
 from kvbits.attention.triton.kernels.table_form import attend_table
 from kvbits.attention.triton.launch import device_of, is_interpreted, launch_options
 from kvbits.attention.triton.schedule import Schedule, Shape
+from kvbits.attention.triton.support import supported_shape
 from kvbits.attention.triton.tables import count, level_bytes, phases, rotation
 from kvbits.codecs.pages import PageStore
 
@@ -111,8 +113,8 @@ def shape_of(
     """What a call is about, for ``schedule.choose``."""
     seen = [min(packed, window or packed) for packed in states.packed]
     return Shape(
-        key=schedules.supported_shape(group.key.codec, group.key.head_dim),
-        value=schedules.supported_shape(group.value.codec, group.value.head_dim),
+        key=supported_shape(group.key.codec, group.key.head_dim),
+        value=supported_shape(group.value.codec, group.value.head_dim),
         group_queries=group_queries,
         num_queries=num_queries,
         rows=group.key.num_heads * states.tails[0].shape[0],
@@ -333,6 +335,8 @@ def _constants(
         "VB": shape.value.bits,
         "G": shape.key.key_group,
         "VG": shape.value.groups,
+        "KT": shape.key.has_token_scale,
+        "VT": shape.value.scale_tile,
         "PAGE": group.key.page_tokens,
         "GQ": shape.group_queries,
         "BN": plan.tile,

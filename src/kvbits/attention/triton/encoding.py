@@ -49,7 +49,7 @@ def encoding(codec: Codec) -> Encoding | None:
     if isinstance(codec, PreRope):
         how = replace(how, rotary_pairs=len(codec.frequencies))
         codec = codec.inner
-    if isinstance(codec, Rotated):
+    elif isinstance(codec, Rotated):
         how = replace(how, is_rotated=True)
         codec = codec.inner
     if isinstance(codec, Outliers):

@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from kvbits.attention.states import KernelStates, StoreGroup
-from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton.encoding import Encoding, supported_encoding
 from kvbits.attention.triton.kernels.encode import (
     append_step,
@@ -17,7 +16,7 @@ from kvbits.attention.triton.kernels.encode import (
     tokens_at_a_time,
 )
 from kvbits.attention.triton.launch import launch_options
-from kvbits.attention.triton.schedule import SideShape
+from kvbits.attention.triton.support import SideShape, supported_shape
 from kvbits.attention.triton.tables import encoding_constants
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import Side
@@ -48,7 +47,7 @@ def append_prompt(
         return
     rows = [row for row, count in enumerate(counts) if count]
     store.make_room(rows, [counts[row] for row in rows])
-    shape = schedules.supported_shape(store.codec, store.head_dim)
+    shape = supported_shape(store.codec, store.head_dim)
     how = supported_encoding(store.codec)
     tile = tokens_at_a_time(how, shape.key_group, PROMPT_TILE)
     tiles = max(
@@ -139,8 +138,7 @@ def append_token(
         limits: Largest magnitude that keys and values may have.
     """
     key, value = (
-        schedules.supported_shape(store.codec, store.head_dim)
-        for store in (group.key, group.value)
+        supported_shape(store.codec, store.head_dim) for store in (group.key, group.value)
     )
     key_how, value_how = (supported_encoding(store.codec) for store in (group.key, group.value))
     batch, num_heads = key_states.shape[:2]

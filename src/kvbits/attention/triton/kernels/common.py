@@ -10,7 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbits.attention.triton.kernels.layout import padded
+from kvbits.attention.triton.kernels.layout import (
+    field_channel,
+    high_half,
+    length_of,
+    low_half,
+    padded,
+    row_bytes,
+    value_fields,
+    value_planes,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)  # the log-sum-exp of no token; finite, so that differences are
@@ -65,6 +74,48 @@ def tiles_of_split(
 def page_offset(TABLE, width, tile, BN: tl.constexpr, PAGE: tl.constexpr):
     """Offset in the pool of the page that holds a tile, in 16 bytes; any page beyond the last."""
     return tl.load(TABLE + tl.minimum(tile * BN // PAGE, width - 1))
+
+
+@triton.jit
+def token_scales(
+    p_pairs, i_hs, at, o_n, HS: tl.constexpr, PAIRS: tl.constexpr, PAGE: tl.constexpr
+):
+    """Scales ``[BN, 1]`` of tokens from ``at`` of a key page on; their plane follows the pairs."""
+    p_scales = (p_pairs + HS * PAIRS).to(tl.pointer_type(tl.float16)) + i_hs * PAGE + at
+    return tl.load(p_scales + o_n).to(tl.float32)[:, None]
+
+
+@triton.jit
+def channel_scales(
+    p_pairs,
+    i_hs,
+    at,
+    HS: tl.constexpr,
+    PAGE: tl.constexpr,
+    VT: tl.constexpr,
+    DV: tl.constexpr,
+    VB: tl.constexpr,
+    VG: tl.constexpr,
+    VW: tl.constexpr,
+):
+    """Scales of the channels of every field, int32 ``[VW / 2]`` each: two float16 in one.
+
+    VT tokens of a value page share them; their plane follows the pairs of scale and offset.
+    """
+    FIELDS: tl.constexpr = value_fields(VB, VG)
+    LAST: tl.constexpr = row_bytes(VB, DV) // value_planes(VB, VG) // 2 - 1
+    p_scales = p_pairs + HS * VG * PAGE + (i_hs * (PAGE // VT) + at // VT) * (DV // 2)
+    o_two = tl.minimum(tl.arange(0, VW // 2), LAST)  # rows beyond the last are not stored
+    b_c = ()
+    for k in tl.static_range(length_of(FIELDS)):
+        b_c = b_c + (tl.load(p_scales + field_channel(VB, DV, VG, FIELDS[k]) // 2 + o_two),)
+    return b_c
+
+
+@triton.jit
+def rows_of(b_two, VW: tl.constexpr):
+    """Float32 ``[VW, 1]`` of what ``channel_scales`` read of one field."""
+    return tl.reshape(tl.join(low_half(b_two), high_half(b_two)), [VW, 1])
 
 
 @triton.jit

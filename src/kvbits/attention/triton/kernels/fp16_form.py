@@ -18,12 +18,15 @@ import triton.language as tl
 from kvbits.attention.triton.kernels.common import (
     NOTHING,
     attend_exact,
+    channel_scales,
     dot_states,
     page_offset,
     row_lengths,
+    rows_of,
     soft_capped,
     store_partial,
     tiles_of_split,
+    token_scales,
 )
 from kvbits.attention.triton.kernels.layout import (
     field_channel,
@@ -31,6 +34,7 @@ from kvbits.attention.triton.kernels.layout import (
     field_mask,
     field_weight,
     high_half,
+    is_third_plane,
     length_of,
     low_half,
     num_segments,
@@ -144,6 +148,8 @@ def attend_fp16(
     VB: tl.constexpr,
     G: tl.constexpr,
     VG: tl.constexpr,
+    KT: tl.constexpr,
+    VT: tl.constexpr,
     PAGE: tl.constexpr,
     GQ: tl.constexpr,
     NQ: tl.constexpr,
@@ -164,7 +170,9 @@ def attend_fp16(
     The first splits take packed tiles, the last the exact tokens: a ring of CAP slots, or,
     where CAP is 0, ``tail_columns`` columns that end with the newest token. Column c is query
     c // GQ of head c % GQ. A side of 16 bits holds states of the query's own dtype.
-    QR: the query as packed keys are rotated, of the strides of Q.
+    QR: the query as packed keys are rotated, of the strides of Q. KT: whether every packed key has
+    a scale beside those of its codes. VT: packed values that share a scale of every channel, 0
+    where there is none.
     """
     i_bh = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -282,6 +290,8 @@ def attend_fp16(
         p_v = V_POOL + v_page * 16 + i_hs * (PAGE * VR)
         p_ks = (K_POOL + k_page * 16 + HS * PAGE * KR).to(tl.pointer_type(tl.int32))
         p_vs = (V_POOL + v_page * 16 + HS * PAGE * VR).to(tl.pointer_type(tl.int32))
+        if VT > 0:  # long before they are needed: no pipeline fetches what feeds no product
+            b_vc = channel_scales(p_vs, i_hs, at, HS, PAGE, VT, DV, VB, VG, VW)
         if KB == 16:
             p_kw = p_k.to(tl.pointer_type(DTYPE)) + o_n[:, None] * DK + o_k[None, :]
             if KW == DK:
@@ -317,6 +327,8 @@ def attend_fp16(
             else:
                 b_zp = high_half(tl.load(p_group + o_d, mask=o_d < DK, other=0))
                 b_s = b_s * (UNIT * scale) + (tl.sum(b_qf * b_zp[:, None], 0) * scale)[None, :]
+        if KT:
+            b_s *= token_scales(p_ks, i_hs, at, o_n, HS, KEY_PAIRS, PAGE)
         if SOFTCAP:
             b_s = soft_capped(b_s, cap)
         m_s = (o_n < packed - n)[:, None]
@@ -354,7 +366,7 @@ def attend_fp16(
             b_high = ()
             for g in tl.static_range(VG):
                 b_pz = by_eight(b_p * high_half(b_vs[g])[:, None], BN, HP)
-                b_z_new = b_z_new + (b_z[g] * b_a + b_pz,)
+                b_z_new = b_z_new + (b_pz if VT > 0 else b_z[g] * b_a + b_pz,)
                 b_pv = (b_p * (low_half(b_vs[g]) * (1 / top))[:, None]).to(tl.float16)
                 b_pl, b_ph = lane_halves(b_pv, BN, HP)
                 b_low = b_low + (b_pl,)
@@ -370,11 +382,16 @@ def attend_fp16(
                     else:
                         b_vw = tl.load(p_lane, mask=(o_vr < VROWS)[:, None], other=0)
                     b_vh = high_bytes(b_vw, COMPILED)
-                b_o = b_acc[k] * b_shrink
+                b_o = tl.zeros([VW, HP], tl.float32) if VT > 0 else b_acc[k] * b_shrink
                 b_op = masked_lanes(b_vw, field_mask(VB, FIELDS[k]), COMPILED)
                 b_o = tl.dot(b_op, b_low[field_group(VB, VG, FIELDS[k])], b_o)
                 b_op = masked_lanes(b_vh, field_mask(VB, FIELDS[k]), COMPILED)
                 b_o = tl.dot(b_op, b_high[field_group(VB, VG, FIELDS[k])], b_o)
+                if VT > 0:  # a tile's sums are states before they are scaled
+                    b_o *= field_weight(VB, FIELDS[k]) * UNIT * top
+                    if not is_third_plane(VB, FIELDS[k]):
+                        b_o += tl.sum(b_z[field_group(VB, VG, FIELDS[k])], 0)[None, :]
+                    b_o = b_acc[k] * b_a + b_o * rows_of(b_vc[k], VW)
                 b_acc_new = b_acc_new + (b_o,)
             b_acc = b_acc_new
 
@@ -385,9 +402,9 @@ def attend_fp16(
     b_bits = ()  # the bits of 3-bit channels 6 and 7 that lie in the third plane
     for j in tl.static_range(NF - 1, -1, -1):
         b_o = b_acc[j]
-        if VB < 16:
+        if VB < 16 and VT == 0:
             b_o *= field_weight(VB, FIELDS[j]) * UNIT * top
-        if VB == 3 and j >= 8:
+        if is_third_plane(VB, FIELDS[j]):
             b_bits = b_bits + (b_o,)
         else:
             if VB == 3 and j == 2:  # channel 6
@@ -396,6 +413,7 @@ def attend_fp16(
                 b_o += b_bits[0]
             o_d = o_vr
             if VB < 16:
-                b_o += tl.sum(b_z[field_group(VB, VG, FIELDS[j])], 0)[None, :]
+                if VT == 0:
+                    b_o += tl.sum(b_z[field_group(VB, VG, FIELDS[j])], 0)[None, :]
                 o_d = o_vr + field_channel(VB, DV, VG, FIELDS[j])
             store_partial(PO, PM, b_m, b_sum, b_o, p_part, o_d, o_vr < VROWS, o_c, m_c, DV)

@@ -23,11 +23,24 @@ import triton.language as tl
 from kvbits.attention.triton.kernels.common import (
     NOTHING,
     attend_exact,
+    channel_scales,
     page_offset,
     row_lengths,
+    rows_of,
     soft_capped,
     store_partial,
     tiles_of_split,
+    token_scales,
+)
+from kvbits.attention.triton.kernels.int8_query import (
+    FIXED,
+    TINY,
+    channel_scaled,
+    coefficients,
+    fixed_point,
+    is_fine,
+    key_width,
+    segment_query,
 )
 from kvbits.attention.triton.kernels.layout import (
     field_channel,
@@ -36,21 +49,16 @@ from kvbits.attention.triton.kernels.layout import (
     field_weight,
     has_top_bit,
     high_half,
+    is_third_plane,
     length_of,
     low_half,
     num_segments,
     padded,
     prefix_mask,
     row_bytes,
-    segment_channel,
-    segment_weight,
     value_fields,
     value_planes,
 )
-
-FIXED = tl.constexpr(16383.0)  # largest magnitude in 15-bit fixed point
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to its low bits
-TINY = tl.constexpr(1e-20)  # keeps the scale of an all-zero query or value finite
 
 
 @triton.constexpr_function
@@ -63,18 +71,6 @@ def and_code(mask: Any) -> Any:
 def as_int8(mask: Any) -> Any:
     """A byte mask as int8."""
     return mask - 256 if mask >= 128 else mask
-
-
-@triton.constexpr_function
-def key_width(bits: Any, head_dim: Any) -> Any:
-    """Bytes of a key row, padded to what a step of the matrix unit takes."""
-    return padded(row_bytes(bits, head_dim), 32)
-
-
-@triton.constexpr_function
-def is_fine(bits: Any, prefix: Any) -> Any:
-    """Whether a prefix belongs to the accumulator of low bits."""
-    return prefix < (1 if bits == 3 else 4 // bits)
 
 
 @triton.jit
@@ -91,13 +87,6 @@ def masked_bytes(b_w, MASK: tl.constexpr, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def fixed_point(b_x, b_inverse, ROWS: tl.constexpr, GP: tl.constexpr):
-    """``[ROWS, GP]`` float32 to ``[ROWS, 2 * GP]`` int8: high and low 7 bits side by side."""
-    b_i = (b_x * b_inverse + ROUND).to(tl.int32, bitcast=True)
-    return tl.reshape(tl.join((b_i >> 7).to(tl.int8), (b_i & 127).to(tl.int8)), [ROWS, 2 * GP])
-
-
-@triton.jit
 def joined(b_d, ROWS: tl.constexpr, GP: tl.constexpr):
     """Sums of high and low columns ``[ROWS, 2 * GP]`` int32 to ``[ROWS, GP]`` float32."""
     b_high, b_low = tl.split(tl.reshape(b_d, [ROWS, GP, 2]))
@@ -111,109 +100,11 @@ def by_eight(b_x, ROWS: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def segment_query(p_q, o_b, m_g, SEGMENT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """w of one segment for the bytes ``o_b`` of a row: ``[KW, GP]``."""
-    m_b = o_b < row_bytes(BITS, D)
-    o_ok = tl.where(m_b, o_b, 0)
-    weight = tl.where(m_b, segment_weight(o_ok, SEGMENT, BITS, D), 0.0)
-    channel = segment_channel(o_ok, SEGMENT, BITS, D)
-    b_q = tl.load(p_q[None, :] + channel[:, None], mask=m_g[None, :], other=0.0)
-    return b_q.to(tl.float32) * weight[:, None]
-
-
-@triton.jit
-def channel_scaled(b_w, p_pairs, o_kb, KB: tl.constexpr, D: tl.constexpr):
-    """w of every segment times the scales of its channels, which are one group's pairs."""
-    o_ok = tl.where(o_kb < row_bytes(KB, D), o_kb, 0)
-    b_scaled = ()
-    for k in tl.static_range(num_segments(KB)):
-        b_s = low_half(tl.load(p_pairs + segment_channel(o_ok, k, KB, D)))
-        b_scaled = b_scaled + (b_w[k] * b_s[:, None],)
-    return b_scaled
-
-
-@triton.jit
-def coefficients(b_w, b_bias, scale, KB: tl.constexpr, D: tl.constexpr, GP: tl.constexpr):
-    """Operands of the query from w ``[KW, GP]`` each, in fixed point.
-
-    Returns the operands, the scale of the fine ones, of the coarse ones, and the constant term, to
-    which ``b_bias`` is added; all but the operands times ``scale``.
-    """
-    N: tl.constexpr = num_segments(KB)
-    KW: tl.constexpr = key_width(KB, D)
-    b_fine = tl.full([GP], TINY, tl.float32)
-    b_coarse = tl.full([GP], TINY, tl.float32)
-    b_a = ()
-    for k in tl.static_range(N):
-        if k == N - 1:
-            b_bias += 128 * tl.sum(b_w[k], 0)
-            b_c = b_w[k]
-        else:
-            b_c = b_w[k] - b_w[k + 1]
-        if is_fine(KB, k):
-            b_fine = tl.maximum(b_fine, tl.max(tl.abs(b_c), 0))
-        else:
-            b_coarse = tl.maximum(b_coarse, tl.max(tl.abs(b_c), 0))
-        b_a = b_a + (b_c,)
-    b_ops = ()
-    for k in tl.static_range(N):
-        if is_fine(KB, k):
-            b_inverse = FIXED / b_fine
-        else:
-            b_inverse = FIXED / b_coarse
-        b_ops = b_ops + (fixed_point(b_a[k], b_inverse[None, :], KW, GP),)
-    return b_ops, b_fine * (scale / FIXED), b_coarse * (scale / FIXED), b_bias * scale
-
-
-@triton.jit
-def prepare_queries(
-    Q,
-    QA,
-    QC,
-    scale,
-    sq_b,
-    sq_h,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    KB: tl.constexpr,
-    GQ: tl.constexpr,
-    GP: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Coefficients of the queries of one key/value head, for per-token keys; grid (B * H).
-
-    QA: int8 ``[B * H, segments, 2 * GP, KW]``. QC: float32 ``[B * H, 4, GP]``: scale of the fine
-    and of the coarse operands, constant term, sum of the query, all times ``scale``. Read back
-    from memory, operands have the order the matrix unit wants; computed where they are used, they
-    cost the main loop a fifth more instructions.
-    """
-    i_bh = tl.program_id(0).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    N: tl.constexpr = num_segments(KB)
-    KW: tl.constexpr = key_width(KB, D)
-    o_w = tl.arange(0, KW)
-    o_g = tl.arange(0, GP)
-    o_d = tl.arange(0, padded(D, 16))
-    m_g = o_g < GQ
-    p_q = Q + (i_bh // H) * sq_b + ((i_bh % H) * GQ + o_g) * sq_h
-    m_q = m_g[None, :] & (o_d < D)[:, None]
-    b_q = tl.load(p_q[None, :] + o_d[:, None], mask=m_q, other=0.0).to(tl.float32)
-    b_w = ()
-    for k in tl.static_range(N):
-        b_w = b_w + (segment_query(p_q, o_w, m_g, k, KB, D),)
-    b_zero = tl.zeros([GP], tl.float32)
-    b_ops, b_fine, b_coarse, b_bias = coefficients(b_w, b_zero, scale, KB, D, GP)
-    p_a = QA + (i_bh * N * 2 * GP + tl.arange(0, 2 * GP)[None, :]) * KW + o_w[:, None]
-    for k in tl.static_range(N):
-        tl.store(p_a + k * 2 * GP * KW, b_ops[k])
-    if PDL:  # late: programs of the next launch that arrive early are spread unevenly
-        tl.extra.cuda.gdc_launch_dependents()
-    p_c = QC + i_bh * 4 * GP + o_g
-    tl.store(p_c, b_fine)
-    tl.store(p_c + GP, b_coarse)
-    tl.store(p_c + 2 * GP, b_bias)
-    tl.store(p_c + 3 * GP, tl.sum(b_q, 0) * scale)
+def in_codes(b_o, b_w, MASK: tl.constexpr, WEIGHT: tl.constexpr):
+    """Sums of the codes of a field from those of its bits in place; ``b_w`` flips bit 7 back."""
+    if MASK >= 128:
+        b_o += tl.sum(b_w, 0)[None, :] * 128
+    return b_o * WEIGHT
 
 
 @triton.jit(
@@ -256,6 +147,8 @@ def attend_int8(
     VB: tl.constexpr,
     G: tl.constexpr,
     VG: tl.constexpr,
+    KT: tl.constexpr,
+    VT: tl.constexpr,
     PAGE: tl.constexpr,
     GQ: tl.constexpr,
     GP: tl.constexpr,
@@ -274,7 +167,8 @@ def attend_int8(
 
     The first splits take packed tiles, the last the exact tokens. G: tokens of a per-channel
     key group, 0 for per-token keys. VG: scale groups of a value. QR: the query as packed keys are
-    rotated, of the strides of Q.
+    rotated, of the strides of Q. KT: whether every packed key has a scale beside those of its
+    codes. VT: packed values that share a scale of every channel, 0 where there is none.
     """
     i_bh = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -389,6 +283,8 @@ def attend_int8(
         p_v = V_POOL + v_page * 16 + i_hs * (PAGE * VR) + at
         p_ks = (K_POOL + k_page * 16 + HS * PAGE * KR).to(tl.pointer_type(tl.int32))
         p_vs = (V_POOL + v_page * 16 + HS * PAGE * VR).to(tl.pointer_type(tl.int32))
+        if VT > 0:  # long before they are needed: no pipeline fetches what feeds no product
+            b_vc = channel_scales(p_vs, i_hs, at, HS, PAGE, VT, DV, VB, VG, VW)
         if G > 0:
             p_group = p_ks + i_hs * KEY_PAIRS + at // G * DK
             b_pairs = tl.load(p_group + o_d, mask=o_d < DK, other=0)
@@ -421,6 +317,8 @@ def attend_int8(
         if G == 0:
             b_ks = tl.load(p_ks + i_hs * KEY_PAIRS + at + o_n)
             b_s = b_s * low_half(b_ks)[:, None] + high_half(b_ks)[:, None] * b_qsum[None, :]
+        if KT:
+            b_s *= token_scales(p_ks, i_hs, at, o_n, HS, KEY_PAIRS, PAGE)
         if SOFTCAP:
             b_s = soft_capped(b_s, cap)
         m_n = o_n < packed - n
@@ -445,10 +343,11 @@ def attend_int8(
             )
             b_pv = b_p * low_half(b_vs)[:, None]
             b_top = tl.maximum(tl.max(low_half(b_vs), 0), TINY)
-            b_pz = by_eight(b_p * high_half(b_vs)[:, None], BN, GP)
-            b_z_new = b_z_new + (b_z[g] * b_a + b_b * b_pz,)
+            b_pz = b_b * by_eight(b_p * high_half(b_vs)[:, None], BN, GP)
+            b_z_new = b_z_new + (b_pz if VT > 0 else b_z[g] * b_a + b_pz,)
             if has_top_bit(VB, VG, g):
-                b_w_new = b_w_new + (b_w[g] * b_a + b_b * by_eight(b_pv, BN, GP),)
+                b_pw = b_b * by_eight(b_pv, BN, GP)
+                b_w_new = b_w_new + (b_pw if VT > 0 else b_w[g] * b_a + b_pw,)
             else:
                 b_w_new = b_w_new + (b_w[g],)
             # the token order of a value page: the four bytes of a register are one thread's rows
@@ -465,12 +364,18 @@ def attend_int8(
                     b_vw = tl.load(p_vw)
                 else:
                     b_vw = tl.load(p_vw, mask=(o_vr < VROWS)[:, None], other=0)
-            if VG == 1:
+            if VG == 1 and VT == 0:
                 b_op = masked_bytes(b_vw, prefix_mask(VB, FIELDS[k][1]), COMPILED)
             else:
                 b_op = masked_bytes(b_vw, field_mask(VB, FIELDS[k]), COMPILED)
             b_d = tl.dot(b_op, b_p8[field_group(VB, VG, FIELDS[k])], out_dtype=tl.int32)
             b_d = joined(b_d, VW, GP) * b_o_scale[field_group(VB, VG, FIELDS[k])]
+            if VT > 0:  # a tile's sums are states before they are scaled
+                b_wk = b_w[field_group(VB, VG, FIELDS[k])]
+                b_d = in_codes(b_d, b_wk, field_mask(VB, FIELDS[k]), field_weight(VB, FIELDS[k]))
+                if not is_third_plane(VB, FIELDS[k]):
+                    b_d += tl.sum(b_z[field_group(VB, VG, FIELDS[k])], 0)[None, :]
+                b_d *= rows_of(b_vc[k], VW)
             b_acc_new = b_acc_new + (b_acc[k] * b_a + b_d,)
         b_acc = b_acc_new
 
@@ -480,19 +385,20 @@ def attend_int8(
     b_bits = ()  # the bits of 3-bit channels 6 and 7 that lie in the third plane
     for j in tl.static_range(NF - 1, -1, -1):
         b_o = b_acc[j]
-        if VG == 1 and j > 0:
-            if FIELDS[j][0] == FIELDS[j - 1][0]:
-                b_o -= b_acc[j - 1]
-        if field_mask(VB, FIELDS[j]) >= 128:
-            b_o += tl.sum(b_w[field_group(VB, VG, FIELDS[j])], 0)[None, :] * 128
-        b_o *= field_weight(VB, FIELDS[j])
-        if VB == 3 and j >= 8:
+        if VT == 0:
+            if VG == 1 and j > 0:
+                if FIELDS[j][0] == FIELDS[j - 1][0]:
+                    b_o -= b_acc[j - 1]
+            b_wj = b_w[field_group(VB, VG, FIELDS[j])]
+            b_o = in_codes(b_o, b_wj, field_mask(VB, FIELDS[j]), field_weight(VB, FIELDS[j]))
+        if is_third_plane(VB, FIELDS[j]):
             b_bits = b_bits + (b_o,)
         else:
             if VB == 3 and j == 2:  # channel 6
                 b_o += b_bits[1]
             if VB == 3 and j == 5:  # channel 7
                 b_o += b_bits[0]
-            b_o += tl.sum(b_z[field_group(VB, VG, FIELDS[j])], 0)[None, :]
+            if VT == 0:
+                b_o += tl.sum(b_z[field_group(VB, VG, FIELDS[j])], 0)[None, :]
             o_d = o_vr + field_channel(VB, DV, VG, FIELDS[j])
             store_partial(PO, PM, b_m, b_sum, b_o, p_part, o_d, o_vr < VROWS, o_g, m_g, DV)

@@ -128,6 +128,12 @@ def has_top_bit(bits: Any, groups: Any, group: Any) -> Any:
     )
 
 
+@triton.constexpr_function
+def is_third_plane(bits: Any, field: Any) -> Any:
+    """Whether a field is the one bit of a 3-bit channel whose others lie in another field."""
+    return bits == 3 and field[0] == 2 and field[1] >= 2
+
+
 @triton.jit
 def segment_channel(o_w, SEGMENT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
     """Channel of a segment in the bytes ``o_w`` of a row."""

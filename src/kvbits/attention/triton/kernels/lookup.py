@@ -1,0 +1,264 @@
+"""Levels of stored codes by byte permutes, and fp16 pairs: the steps of ``table_form.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+TURN = tl.constexpr(6.283185307179586 / 4294967296.0)  # radians in 2**-32 of a turn
+
+
+@triton.constexpr_function
+def num_fields(bits: Any) -> Any:
+    """Codes of a byte, or of three planes' bytes: runs of channels of one width."""
+    return 8 if bits == 3 else 8 // bits
+
+
+@triton.constexpr_function
+def field_width(bits: Any, head_dim: Any) -> Any:
+    """Channels of a field."""
+    return head_dim // num_fields(bits)
+
+
+@triton.constexpr_function
+def lookup_code(bits: Any) -> Any:
+    """PTX that turns four bytes (of each plane) into the fp16 levels of their codes.
+
+    A selector has a code in every half byte; fields 2 i and 2 i + 1 come out of one.
+    """
+    outputs = 2 * num_fields(bits)
+    num_planes = 3 if bits == 3 else 1
+    words = 1 << (bits - 2)  # registers of high bytes, as many of low ones
+    first = outputs + num_planes
+    high = [f"${first + 4 * i}" for i in range(words)]
+    low = [f"${first + 4 * (words + i)}" for i in range(words)]
+    planes = [f"x{i}" for i in range(num_planes)]
+    lines = [".reg .b32 x0, x1, x2, s, t, m, k, a, b, h, l, zero, ones;"]
+    lines += [f"xor.b32 {x}, ${outputs + i}, 0x80808080;" for i, x in enumerate(planes)]
+    lines += ["mov.b32 zero, 0;", "mov.b32 ones, 0xFFFFFFFF;"] if bits == 4 else []
+
+    def choose(field, pair):
+        """Levels of two fields from the selector in s, for four bytes."""
+        for half in range(2):
+            if bits == 4:
+                lines.append("prmt.b32 k, zero, ones, m;")  # bytes of ones where a code has bit 3
+            for name, table in (("h", high), ("l", low)):
+                if bits == 4:
+                    lines.append(f"prmt.b32 a, {table[0]}, {table[1]}, s;")
+                    lines.append(f"prmt.b32 b, {table[2]}, {table[3]}, s;")
+                    lines.append(f"lop3.b32 {name}, a, b, k, 0xD8;")  # k ? b : a
+                else:
+                    lines.append(f"prmt.b32 {name}, {table[0]}, {table[-1]}, s;")
+            lines.append(f"prmt.b32 ${2 * field + half}, l, h, 0x6240;")
+            lines.append(f"prmt.b32 ${2 * pair + half}, l, h, 0x7351;")
+            if half == 0:
+                lines.append("shr.u32 s, s, 16;")
+                if bits == 4:
+                    lines.append("shr.u32 m, m, 16;")
+
+    if bits == 4:
+        lines += ["and.b32 s, x0, 0x77777777;", "shr.u32 m, x0, 1;"]
+        lines += ["and.b32 m, m, 0x44444444;"]
+        choose(0, 1)
+    elif bits == 2:
+        lines.append("and.b32 s, x0, 0x33333333;")
+        choose(0, 2)
+        lines += ["shr.u32 s, x0, 2;", "and.b32 s, s, 0x33333333;"]
+        choose(1, 3)
+    else:  # planes in the order P0, P2, P1: channels 0, 1 | 4, 5 | 2, 3 and bits of 6 and 7
+        for plane, field in enumerate((0, 4, 2)):
+            lines += [f"shl.b32 t, x{plane}, 1;", "and.b32 t, t, 0x70707070;"]
+            lines += [f"and.b32 s, x{plane}, 0x07070707;", "or.b32 s, s, t;"]
+            choose(field, field + 1)
+        lines.append("mov.b32 s, 0;")
+        for plane, shift, mask in ((0, 6, 0x03), (2, 4, 0x04), (1, 1, 0x60), (2, 3, 0x10)):
+            lines += [f"shr.u32 t, x{plane}, {shift};", f"and.b32 t, t, {mask * 0x01010101};"]
+            lines.append("or.b32 s, s, t;")
+        choose(6, 7)
+    return "{" + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
+def lookup_constraints(bits: Any) -> Any:
+    """Outputs, planes, and every word of the table four times: once for each of four bytes."""
+    outputs = 2 * num_fields(bits)
+    inputs = (3 if bits == 3 else 1) + 4 * 2 * (1 << (bits - 2))
+    return ",".join(["=r"] * outputs + ["r"] * inputs)
+
+
+@triton.constexpr_function
+def halves(count: Any) -> Any:
+    """So many fp16 results."""
+    return (tl.float16,) * count
+
+
+@triton.jit
+def level_of(b_c, LEVELS, N: tl.constexpr):
+    """The fp16 level of every code, without byte permutes."""
+    b_h = tl.load(LEVELS + b_c).to(tl.int16) << 8
+    b_l = tl.load(LEVELS + N + b_c).to(tl.int16) & 0xFF
+    return (b_h | b_l).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def table_words(LEVELS, BITS: tl.constexpr, COMPILED: tl.constexpr):
+    """The table of ``levels_of`` in registers, ``[1, 1]`` each.
+
+    By way of a shuffle: a byte permute takes no two of the registers that all lanes share, which
+    is where the compiler would keep them.
+    """
+    p_t = LEVELS.to(tl.pointer_type(tl.int32))
+    b_t = ()
+    for i in tl.static_range((1 << BITS) // 2):
+        b_x = tl.load(p_t + i + tl.zeros([1, 1], tl.int32))
+        if COMPILED:
+            b_x = tl.inline_asm_elementwise(
+                "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;",
+                "=r,r",
+                [b_x],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        b_t = b_t + (b_x,)
+    return b_t
+
+
+@triton.jit
+def levels_of(b_w, b_t, LEVELS, BITS: tl.constexpr, COMPILED: tl.constexpr):
+    """Fields of levels, fp16, of bytes: one tile, or three planes of 3 bits.
+
+    LEVELS: int8, the high bytes of all levels and then the low ones; ``b_t``: the same.
+    """
+    N: tl.constexpr = 1 << BITS
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            lookup_code(BITS),
+            lookup_constraints(BITS),
+            b_w + b_t,
+            dtype=halves(num_fields(BITS)),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        b_f = ()
+        if BITS == 3:
+            b_0 = (b_w[0] ^ -128).to(tl.int32) & 0xFF
+            b_2 = (b_w[1] ^ -128).to(tl.int32) & 0xFF
+            b_1 = (b_w[2] ^ -128).to(tl.int32) & 0xFF
+            b_f = b_f + (level_of(b_0 & 7, LEVELS, N), level_of(b_0 >> 3 & 7, LEVELS, N))
+            b_f = b_f + (level_of(b_1 & 7, LEVELS, N), level_of(b_1 >> 3 & 7, LEVELS, N))
+            b_f = b_f + (level_of(b_2 & 7, LEVELS, N), level_of(b_2 >> 3 & 7, LEVELS, N))
+            b_f = b_f + (level_of(b_0 >> 6 | (b_1 >> 4 & 4), LEVELS, N),)
+            b_f = b_f + (level_of((b_2 >> 6) * 2 | b_1 >> 7, LEVELS, N),)
+        else:
+            b_x = (b_w[0] ^ -128).to(tl.int32) & 0xFF
+            for k in tl.static_range(num_fields(BITS)):
+                b_f = b_f + (level_of(b_x >> (k * BITS) & (N - 1), LEVELS, N),)
+        return b_f
+
+
+@triton.jit
+def scaled(b_x, b_s, b_z, COMPILED: tl.constexpr):
+    """``x * s + z`` of fp16 pairs."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [b_x, b_s, b_z],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (b_x.to(tl.float32) * b_s + b_z).to(tl.float16)
+
+
+@triton.jit
+def patched(b_x, b_at, b_c, b_d, COMPILED: tl.constexpr):
+    """``x + d`` where ``at == c``, of fp16 pairs."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t; set.eq.f16x2.f16x2 t, $2, $3; fma.rn.f16x2 $0, t, $4, $1;}",
+            "=r,r,r,r,r",
+            [b_x, b_at, b_c, b_d],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (b_x + tl.where(b_at == b_c, b_d, 0.0)).to(tl.float16)
+
+
+@triton.constexpr_function
+def turning_code(is_high: Any) -> Any:
+    """PTX of one channel of turned pairs."""
+    sign = "" if is_high else "neg.f16x2 t, t; "
+    return "{.reg .b32 t; mul.rn.f16x2 t, $2, $4; " + sign + "fma.rn.f16x2 $0, $1, $3, t;}"
+
+
+@triton.jit
+def turned(b_x, b_y, b_cos, b_sin, IS_HIGH: tl.constexpr, COMPILED: tl.constexpr):
+    """One channel x of pairs with y, turned by an angle; the high one is ahead of the low one.
+
+    Channels one by one: a conversion to an operand's layout is not moved past two results.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            turning_code(IS_HIGH),
+            "=r,r,r,r,r",
+            [b_x, b_y, b_cos, b_sin],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        b_t = b_y.to(tl.float32) * b_sin
+        return (b_x.to(tl.float32) * b_cos + (b_t if IS_HIGH else -b_t)).to(tl.float16)
+
+
+@triton.jit
+def is_at(b_at, b_c, COMPILED: tl.constexpr):
+    """1 where ``at == c``, else 0, of fp16 pairs."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "set.eq.f16x2.f16x2 $0, $1, $2;",
+            "=r,r,r",
+            [b_at, b_c],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.where(b_at == b_c, 1.0, 0.0).to(tl.float16)
+
+
+@triton.jit
+def cos_sin(b_turns, COMPILED: tl.constexpr):
+    """Cosine and sine of int32 angles in 2**-32 of a turn."""
+    b_x = b_turns.to(tl.float32) * TURN
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "cos.approx.f32 $0, $2; sin.approx.f32 $1, $2;",
+            "=&f,=&f,f",
+            [b_x],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.cos(b_x), tl.sin(b_x)
+
+
+@triton.jit
+def low16(pair):
+    """Scale of (scale, offset) pairs read as int32, as it is stored."""
+    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def high16(pair):
+    """Offset of (scale, offset) pairs read as int32, as it is stored."""
+    return (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
