@@ -69,6 +69,7 @@ class PageStore:
         first_position: int = 0,
     ) -> None:
         codec.check_head_dim(head_dim)
+        codec.check_arrays(num_heads, head_dim)
         self.codec = codec
         self.num_heads = num_heads
         self.head_dim = head_dim
