@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -21,7 +21,7 @@ from kvbits.errors import PlanError
 from kvbits.plan import files
 from kvbits.plan.loading import one_sentence
 
-FIELD = "arrays"  # of a plan file
+FIELD: Literal["arrays"] = "arrays"  # of a plan file
 MAX_FILE_BYTES = 4 * 2**30  # rotations of 128 layers with 64 heads of 128 channels on both sides
 _NAMED_BYTES = 12  # hex digits of the checksum in the name: chance alone does not repeat them
 
@@ -39,6 +39,9 @@ class ArraysFile(BaseModel):
     # No separators and no leading dot: the file cannot be in another folder.
     file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$", max_length=128)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+_RECORD = TypeAdapter(dict[Literal["arrays"], ArraysFile])
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> ArraysFile:
@@ -64,9 +67,9 @@ def read(record: Any, folder: Path | None) -> Arrays:
     if record is None:
         return Arrays({})
     try:
-        named = ArraysFile.model_validate(record)
+        named = _RECORD.validate_python({FIELD: record})[FIELD]
     except ValidationError as error:
-        raise PlanError(f"{FIELD}.{one_sentence(error)}") from None
+        raise PlanError(one_sentence(error)) from None
     if folder is None:
         raise PlanError(
             f"{FIELD}.file must lie beside the plan, got {named.file!r} and the text of a plan "
@@ -75,7 +78,7 @@ def read(record: Any, folder: Path | None) -> Arrays:
     path = folder / named.file
     if path.is_symlink():
         raise PlanError(f"{FIELD}.file must not be a link, got {str(path)!r}; copy the file there")
-    content = files.read_bytes(path, "an arrays file", MAX_FILE_BYTES)
+    content = files.read_bytes(path, "file of arrays", MAX_FILE_BYTES)
     checksum = hashlib.sha256(content).hexdigest()
     if checksum != named.sha256:
         raise PlanError(

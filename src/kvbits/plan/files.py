@@ -18,7 +18,7 @@ def read_text(path: Path) -> str:
         PlanError: If it is missing, is not a file, is larger than 16 MiB or is not UTF-8.
     """
     try:
-        return read_bytes(path, "a plan file", MAX_FILE_BYTES).decode("utf-8")
+        return read_bytes(path, "plan file", MAX_FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise PlanError(
             f"path must name a UTF-8 text file, got {str(path)!r} with byte "
@@ -35,16 +35,15 @@ def read_bytes(path: Path, what: str, most: int) -> bytes:
     try:
         size = path.stat().st_size
         if not path.is_file():
-            raise PlanError(f"path must name {what}, got {str(path)!r}, which is not a file")
+            raise PlanError(f"path must name a {what}, got {str(path)!r}, which is not a file")
         if size > most:
             raise PlanError(
-                f"path must name {what} of at most {most} bytes, got {str(path)!r} with {size}"
+                f"path must name a {what} of at most {most} bytes, got {str(path)!r} with {size}"
             )
         return path.read_bytes()
     except OSError as error:
-        article, _, noun = what.partition(" ")
         raise PlanError(
-            f"path must name {article} readable {noun}, got {str(path)!r} ({error.strerror})"
+            f"path must name a readable {what}, got {str(path)!r} ({error.strerror})"
         ) from None
 
 
