@@ -137,46 +137,32 @@ PLANS = {
         residual_length=5,
         sink_tokens=2,
     ),
-    "permuted": LayerPlan.uniform(
+    "fitted": LayerPlan.uniform(
         PreRope(
             inner=Permuted(
-                inner=Affine(bits=3, group_size=8), order=order("k", HEADS, KEY_DIM, 1)
+                inner=Affine(bits=3, group_size=8), order=order("k", HEADS, KEY_DIM, seed=1)
             ),
             frequencies=(1.0, 0.2, 0.03),
         ),
-        Permuted(inner=channel(2, 32), order=order("v", HEADS, VALUE_DIM, 2)),
+        MatrixRotated(inner=Affine(bits=2), matrix=rotation("v", 1, VALUE_DIM, seed=2)),
         residual_length=6,
         sink_tokens=3,
-    ),
-    "matrix-rotated": LayerPlan.uniform(
-        MatrixRotated(inner=Affine(bits=3), matrix=rotation("k", HEADS, KEY_DIM, 3)),
-        MatrixRotated(inner=Affine(bits=2), matrix=rotation("v", 1, VALUE_DIM, 4)),
-        residual_length=5,
-    ),
-    "ranges": LayerPlan.uniform(
-        PreRope(
-            inner=RangeNormalised(
-                inner=Outliers(inner=NearestLevel(levels=normal_float(3)), slots=2),
-                **ranges("k", HEADS, KEY_DIM),
-            ),
-            frequencies=(0.7, 0.05),
-        ),
-        Codebook(levels=normal_float(3)),
-        sink_tokens=1,
     ),
     "fitted-groups": LayerPlan(
         groups=(
             HeadGroup(
                 heads=(2, 0),
-                key=MatrixRotated(inner=Affine(bits=4), matrix=rotation("0", 2, KEY_DIM, 5)),
-                value=Permuted(
-                    inner=Affine(bits=2, group_size=12), order=order("1", 2, VALUE_DIM, 6)
-                ),
+                key=MatrixRotated(inner=Affine(bits=4), matrix=rotation("k", 2, KEY_DIM, seed=3)),
+                value=Permuted(inner=channel(2, 32), order=order("v", 2, VALUE_DIM, seed=4)),
             ),
             HeadGroup(
                 heads=(1,),
-                key=RangeNormalised(
-                    inner=NearestLevel(levels=normal_float(2)), **ranges("2", 1, KEY_DIM)
+                key=PreRope(
+                    inner=RangeNormalised(
+                        inner=Outliers(inner=NearestLevel(levels=normal_float(3)), slots=2),
+                        **ranges("r", 1, KEY_DIM),
+                    ),
+                    frequencies=(0.7, 0.05),
                 ),
                 value=Affine(bits=3),
             ),
