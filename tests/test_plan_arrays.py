@@ -277,7 +277,7 @@ ORDER, MATRIX = "layers.1.key.order", "layers.1.value.matrix"
     [
         (
             drop(ORDER),
-            r"layers\[1\].*order must be the name of an array .*'layers\.1\.key\.order'",
+            r"layers\[1\].*order must be an Array, or the name of one .*'layers\.1\.key\.order'",
         ),
         (put("extra", lambda _: torch.ones(1)), r"only arrays that codecs name, got 'extra' too"),
         (
@@ -313,7 +313,7 @@ def test_a_codec_that_names_an_array_of_no_file_is_refused(saved):
     data = json.loads(saved.read_text())
     del data["arrays"]
     saved.write_text(json.dumps(data))
-    refused(saved, "order must be the name of an array in the file beside the plan")
+    refused(saved, "order must be an Array, or the name of one in the file beside the plan")
 
 
 def test_a_plan_of_ranges_comes_back(model, tmp_path):

@@ -286,5 +286,7 @@ def test_a_token_is_stored_alone_as_in_company(codec):
 
 
 def test_the_name_of_an_array_without_arrays_is_refused():
-    with pytest.raises(ValidationError, match="the name of an array in the file beside the plan"):
+    with pytest.raises(
+        ValidationError, match="an Array, or the name of one in the file beside the plan"
+    ):
         Permuted.model_validate({"inner": Affine(bits=4), "order": "layers.0.order"})

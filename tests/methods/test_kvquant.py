@@ -157,8 +157,9 @@ def test_ranges_are_percentiles_of_all_keys(share, is_pre_rope, model, documents
 
 def test_calibrated_keys_are_stored_token_by_token(model, documents):
     """3 bits and 2 slots of 24 bits; no number of a range is stored for any token."""
-    plan = build_method("kvquant").calibrate(model, documents)
+    plan = build_method("kvquant", residual_length=20).calibrate(model, documents)
     (layer, *_) = plan.layers
+    assert layer.residual_length == 20
     key = layer.groups[0].key
     assert isinstance(key, PreRope)
     assert isinstance(key.inner, RangeNormalised)

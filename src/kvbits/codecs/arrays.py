@@ -134,7 +134,7 @@ def _taken(value: object, info: ValidationInfo) -> Array:
     found = arrays.take(value) if isinstance(value, str) and arrays is not None else None
     if found is None:
         raise PydanticCustomError(
-            "array", "Input should be the name of an array in the file beside the plan"
+            "array", "Input should be an Array, or the name of one in the file beside the plan"
         )
     return found
 

@@ -94,6 +94,7 @@ class KVQuant(Method):
     block_tokens: int = Field(default=128, ge=1)
     outlier_share: float = Field(default=0.01, ge=0, lt=0.5)
     sink_tokens: int = Field(default=1, ge=0)
+    residual_length: int = Field(default=0, ge=0)
     is_pre_rope: bool = True
     q_norm: bool = False
 
@@ -227,7 +228,9 @@ class KVQuant(Method):
             key = PreRope(inner=key, frequencies=frequencies(layer, config))
         values = Codebook(**fit.table("value"))
         value = self._with_outliers(values, layer.value_head_dim, "token")
-        return LayerPlan.uniform(key, value, sink_tokens=self.sink_tokens)
+        return LayerPlan.uniform(
+            key, value, sink_tokens=self.sink_tokens, residual_length=self.residual_length
+        )
 
     def _with_outliers(
         self, codec: AnyCodec, head_dim: int, by: Literal["token", "channel"]
