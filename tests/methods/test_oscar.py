@@ -10,7 +10,7 @@ from kvbits import CachePlan
 from kvbits.calibration.capture import observe
 from kvbits.calibration.rotation import Covariance, reversed_bits, value_weights
 from kvbits.codecs import MatrixRotated, Rotated
-from kvbits.errors import CalibrationError, PlanError
+from kvbits.errors import CalibrationError, PlanError, UnsupportedModelError
 from kvbits.methods import build_method
 from kvbits.testing import tiny_model
 
@@ -132,3 +132,9 @@ def test_heads_without_a_hadamard_matrix_are_refused(documents):
 def test_layers_that_cannot_be_packed_stay_as_they_are(documents):
     plan = build_method("oscar").calibrate(tiny_model("gemma3"), documents)
     assert [layer.is_exact for layer in plan.layers] == [True, False, True, False]
+
+
+def test_keys_that_attention_sees_otherwise_are_refused(documents):
+    """Latent attention caches 32 channels and attends to 48."""
+    with pytest.raises(UnsupportedModelError, match="of 32 channels, got queries of 48 channels"):
+        build_method("oscar").calibrate(tiny_model("deepseek_v2"), documents)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvbits.calibration.capture import Observations, observe
 from kvbits.calibration.rotation import Covariance, value_weights
 from kvbits.codecs import Affine, Array, MatrixRotated, Rotated
-from kvbits.errors import CalibrationError
+from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, LayerPlan, Side
 from kvbits.methods.base import Method, Progress
@@ -79,9 +79,15 @@ class Oscar(Method):
     ) -> bool:
         """Count the tokens of a document that a layer packs; whether there are any."""
         key, value = seen[index, "key"], seen[index, "value"]
-        assert key.queries is not None
+        asked = key.queries
+        if asked is None or asked.shape[-1] != key.states.shape[-1]:
+            width = "no" if asked is None else asked.shape[-1]
+            raise UnsupportedModelError(
+                f"layer {index} must attend to keys as they lie in the cache, of "
+                f"{key.states.shape[-1]} channels, got queries of {width} channels"
+            )
         keys, values, queries = (
-            x[0, :, self.sink_tokens :] for x in (key.states, value.states, key.queries)
+            x[0, :, self.sink_tokens :] for x in (key.states, value.states, asked)
         )
         if not keys.shape[1]:
             return False
