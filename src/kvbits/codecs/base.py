@@ -132,6 +132,11 @@ class Codec(BaseModel, ABC):
     def check_arrays(self, num_heads: int, head_dim: int) -> None:
         """Raise ``ValueError`` if the arrays do not suit heads of ``head_dim`` channels."""
 
+    def check_heads(self, num_heads: int, head_dim: int) -> None:
+        """Raise ``ValueError`` if states of such heads cannot be stored."""
+        self.check_head_dim(head_dim)
+        self.check_arrays(num_heads, head_dim)
+
     @abstractmethod
     def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
         """Encode ``[B, H_kv, T, D]``, T a multiple of ``block_tokens``, in float32 arithmetic."""

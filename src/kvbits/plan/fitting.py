@@ -45,8 +45,7 @@ def _check_layer(name: str, plan: LayerPlan, layer: LayerGeometry) -> None:
         for side in SIDES:
             codec, width = group.codec(side), head_dim(layer, side)
             try:
-                codec.check_head_dim(width)
-                codec.check_arrays(num_group_heads(group, layer), width)
+                codec.check_heads(num_group_heads(group, layer), width)
             except ValueError as error:
                 raise PlanError(f"{name}.groups[{number}].{side}: {error}") from None
 
