@@ -12,15 +12,20 @@ import torch
 
 from kvbits.codecs import (
     Affine,
+    Array,
     Codebook,
     EncodeContext,
     Float4,
     Float8,
     Identity,
+    MatrixRotated,
+    NearestLevel,
     NormScaled,
     Outliers,
+    Permuted,
     PreRope,
     Promoted,
+    RangeNormalised,
     Rotated,
     VarianceNormalised,
 )
@@ -32,6 +37,31 @@ HEADS, KEY_DIM, VALUE_DIM = 3, 16, 24
 
 def channel(bits, group_size):
     return Affine(bits=bits, granularity="per_channel", group_size=group_size)
+
+
+def order(name, heads, width, seed):
+    """A permutation of all channels of some heads."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randperm(heads * width, generator=generator).int()
+    return Array(name, flat.view(heads, width))
+
+
+def rotation(name, heads, width, seed):
+    """Random orthogonal matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(heads, width, width, generator=generator, dtype=torch.float64)
+    return Array(name, torch.linalg.qr(normal).Q.float())
+
+
+def ranges(name, heads, width):
+    """Where the keys of ``random_states`` lie."""
+    middle = torch.zeros(heads, width)
+    middle[:, 3] = 20
+    half_range = torch.linspace(1.5, 2.5, heads * width).view(heads, width)
+    return {
+        "middle": Array(f"{name}.middle", middle),
+        "half_range": Array(f"{name}.half_range", half_range),
+    }
 
 
 PLANS = {
@@ -106,6 +136,38 @@ PLANS = {
         ),
         residual_length=5,
         sink_tokens=2,
+    ),
+    "fitted": LayerPlan.uniform(
+        PreRope(
+            inner=Permuted(
+                inner=Affine(bits=3, group_size=8), order=order("k", HEADS, KEY_DIM, seed=1)
+            ),
+            frequencies=(1.0, 0.2, 0.03),
+        ),
+        MatrixRotated(inner=Affine(bits=2), matrix=rotation("v", 1, VALUE_DIM, seed=2)),
+        residual_length=6,
+        sink_tokens=3,
+    ),
+    "fitted-groups": LayerPlan(
+        groups=(
+            HeadGroup(
+                heads=(2, 0),
+                key=MatrixRotated(inner=Affine(bits=4), matrix=rotation("k", 2, KEY_DIM, seed=3)),
+                value=Permuted(inner=channel(2, 32), order=order("v", 2, VALUE_DIM, seed=4)),
+            ),
+            HeadGroup(
+                heads=(1,),
+                key=PreRope(
+                    inner=RangeNormalised(
+                        inner=Outliers(inner=NearestLevel(levels=normal_float(3)), slots=2),
+                        **ranges("r", 1, KEY_DIM),
+                    ),
+                    frequencies=(0.7, 0.05),
+                ),
+                value=Affine(bits=3),
+            ),
+        ),
+        residual_length=4,
     ),
     "key-exact": LayerPlan.uniform(Identity(), Affine(bits=4), residual_length=10),
     "value-exact": LayerPlan.uniform(channel(2, 32), Identity(), sink_tokens=2),

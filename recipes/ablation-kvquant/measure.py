@@ -17,7 +17,7 @@ from measure import Subject, parse, run
 
 BASE = {"outlier_share": 0.0, "sink_tokens": 0}
 # 128 tokens of a text of 600 are a fifth; blocks of 64 leave less of it exact.
-BLOCK = {"block_tokens": 64}
+BLOCK = {"key_ranges": "block", "block_tokens": 64}
 STEPS = [
     Subject("per-token", {"key_bits": 3, "value_bits": 3}),
     Subject("kvquant", {**BASE, **BLOCK, "levels": "uniform", "is_pre_rope": False}),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kvbits.codecs import AnyCodec, Codec
+from kvbits.codecs import AnyCodec, Array, Codec
 from kvbits.codecs.packing import BASE_PAGE_TOKENS
 
 Side = Literal["key", "value"]
@@ -98,6 +98,13 @@ class LayerPlan(BaseModel):
     def is_exact(self) -> bool:
         """Whether every head stores both sides unchanged: the stock layer."""
         return all(group.key.is_exact and group.value.is_exact for group in self.groups)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What the codecs of all groups were fitted with, beside their numbers."""
+        return tuple(
+            array for group in self.groups for side in SIDES for array in group.codec(side).arrays
+        )
 
     @cached_property
     def quantum(self) -> int:

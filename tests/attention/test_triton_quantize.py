@@ -185,7 +185,6 @@ ANGLE_ERROR = 4e-7  # of cosine and sine: two roundings to float32, and what the
 PRE_ROPE = {
     "affine": Affine(bits=8),
     "channel": codec(4, 32),
-    "rotated": codec(8, is_rotated=True),
     "kvquant": outliers(levels(4, 64, granularity="per_channel"), by="channel"),
 }
 

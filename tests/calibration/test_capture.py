@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvbits.calibration.capture import observe
-from kvbits.errors import CalibrationError
+from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.testing import tiny_model
 
 
@@ -41,6 +41,45 @@ def test_a_gradient_says_how_the_loss_moves(model, layer):
     (expected,) = torch.autograd.grad(loss, [bias])
     found = seen[layer, "value"].gradients.sum((0, 2)).flatten()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_oss"])
+@torch.no_grad()
+def test_queries_are_those_that_meet_the_keys(family):
+    """Attention computed from what was seen is what the model's output projection receives."""
+    model = tiny_model(family).eval()
+    received = {}
+    layer = model.model.layers[1]  # full attention in all of them
+    hook = layer.self_attn.o_proj.register_forward_pre_hook(
+        lambda _, inputs: received.setdefault("attended", inputs[0])
+    )
+    former = model.config._attn_implementation
+    (seen,) = observe(model, [document()], with_gradients=False, with_queries=True)
+    hook.remove()
+    assert model.config._attn_implementation == former
+    keys, values = seen[1, "key"], seen[1, "value"]
+    assert values.queries is None
+    repeats = keys.queries.shape[1] // keys.states.shape[1]
+    dense = [x.states[0].repeat_interleave(repeats, 0) for x in (keys, values)]
+    scores = keys.queries[0] @ dense[0].mT * layer.self_attn.scaling
+    scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)
+    sinks = getattr(layer.self_attn, "sinks", None)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)), -1)
+    attended = scores.softmax(-1)[..., : dense[1].shape[1]] @ dense[1]
+    expected = received["attended"][0].unflatten(-1, (len(attended), -1)).transpose(0, 1)
+    torch.testing.assert_close(attended, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_queries_come_only_when_asked_for(model):
+    (seen,) = observe(model, [document()], with_gradients=False)
+    assert all(observation.queries is None for observation in seen.values())
+
+
+def test_a_model_without_the_interface_shows_no_queries(model, monkeypatch):
+    monkeypatch.setattr(model, "set_attn_implementation", lambda name: None)
+    with pytest.raises(UnsupportedModelError, match=r"attention interface.*got none"):
+        next(observe(model, [document()], with_gradients=False, with_queries=True))
 
 
 def test_the_model_is_left_as_it_was(model):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvbits import CachePlan
@@ -58,3 +60,50 @@ def test_a_bad_argument_is_one_line_and_nothing_is_written(
     assert result.exit_code == 1
     assert message in result.output
     assert not (tmp_path / "made").exists()
+
+
+ON_TEXT = ("--documents", "2", "--device", "cpu", "--set", "sink_tokens=2")
+
+
+@pytest.mark.parametrize(("method", "arrays"), [("skvq", 6), ("oscar", 6), ("kvquant", 6)])
+def test_what_was_fitted_lies_beside_the_plan(tiny_model_dir, tmp_path, method, arrays):
+    (tmp_path / "text.txt").write_text("kvbits fits. " * 400)
+    made = tmp_path / "made"
+    result = run(
+        *("calibrate", tiny_model_dir, "--method", method, *ON_TEXT, "-o", made),
+        *("--text", tmp_path / "text.txt"),
+    )
+    assert result.exit_code == 0, result.output
+    plan = CachePlan.load(made / "plan.json")
+    assert len(plan.arrays) == arrays  # two for each of three layers
+    assert len(list(made.iterdir())) == 2
+    assert run("inspect", tiny_model_dir, "--plan", made / "plan.json").exit_code == 0
+
+
+def test_states_that_are_not_finite_write_nothing(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    for path in tiny_model_dir.glob("token*"):
+        (tmp_path / "broken" / path.name).write_bytes(path.read_bytes())
+    for method in ("skvq", "oscar", "kvquant"):
+        result = run(
+            *("calibrate", tmp_path / "broken", "--method", method, *ON_TEXT),
+            *("-o", tmp_path / "made"),
+        )
+        assert result.exit_code == 1
+        assert "value_states must be finite, got NaN or infinity in layer 1" in " ".join(
+            result.output.split()
+        )
+        assert not (tmp_path / "made").exists()
+
+
+def test_too_little_text_writes_nothing(tiny_model_dir, tmp_path):
+    for method in ("skvq", "oscar", "kvquant"):
+        result = run(
+            *("calibrate", tiny_model_dir, "--method", method, "-o", tmp_path / "made"),
+            *("--documents", "1", "--set", "sink_tokens=100000", "--device", "cpu"),
+        )
+        assert result.exit_code == 1
+        assert "calibration text must have a document of" in " ".join(result.output.split())
+        assert not (tmp_path / "made").exists()

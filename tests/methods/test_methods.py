@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +30,14 @@ def model():
     return tiny_model("llama").eval()
 
 
+@functools.cache
+def plan_of(name, model):
+    """A method's plan under its defaults, fitted to some text if it wants any."""
+    method = build_method(name)
+    text = torch.randint(5, 90, (300,), generator=torch.Generator().manual_seed(1))
+    return method.calibrate(model, [text]) if method.needs_data else method.plan(model.config)
+
+
 def prompt(num_tokens=40):
     return torch.randint(5, 90, (2, num_tokens), generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +57,7 @@ def test_the_table_of_the_readme_is_that_of_the_classes():
 
 @every_method
 def test_a_plan_survives_its_file(name, model, tmp_path):
-    plan = build_method(name).plan(model.config)
+    plan = plan_of(name, model)
     plan.save(tmp_path / "plan.json")
     assert CachePlan.load(tmp_path / "plan.json") == plan
     assert plan.provenance.method == name
@@ -57,7 +66,7 @@ def test_a_plan_survives_its_file(name, model, tmp_path):
 @every_method
 @torch.no_grad()
 def test_decoding_with_a_plan_works_and_bytes_are_those_of_the_formula(name, model):
-    plan = build_method(name).plan(model.config)
+    plan = plan_of(name, model)
     cache = plan.new_cache(model)
     with kvbits.enable(model):
         for start, stop in ((0, 200), (200, 201), (201, 340), (340, 341)):
@@ -70,7 +79,7 @@ def test_decoding_with_a_plan_works_and_bytes_are_those_of_the_formula(name, mod
 @torch.no_grad()
 def test_attention_sees_what_the_codecs_decode(name, model):
     """With and without kvbits attention: the handle materialises what the reference walks."""
-    plan = build_method(name).plan(model.config)
+    plan = plan_of(name, model)
     steps = []
     for is_enabled in (True, False):
         cache = plan.new_cache(model)

@@ -51,9 +51,16 @@ def test_the_pareto_set_is_what_nothing_beats():
     assert "| c |" in table
 
 
-@pytest.mark.parametrize("name", ["methods", "ablation-kvquant"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "methods/results/kvbits-tiny",
+        "methods/results/kvbits-tiny-fitted",
+        "ablation-kvquant/results/kvbits-tiny",
+    ],
+)
 def test_committed_records_have_all_the_table_needs(name):
-    path = RECIPES / name / "results" / "kvbits-tiny.jsonl"
+    path = RECIPES / f"{name}.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({each["subject"] for each in records}) == len(records)
     assert load("figure").table(records).count("\n") == len(records) + 1

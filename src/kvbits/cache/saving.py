@@ -1,6 +1,7 @@
 """Save a cache to one safetensors file and load it back, bit for bit.
 
 The file is data: tensors, and JSON in the header with the layout id, the plans and a checksum.
+What the codecs of the plans were fitted with is in it too, so a cache needs no other file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvbits.cache.hf import PackedCacheLayer, QuantizedCache, watch_padding
 from kvbits.cache.side import below
+from kvbits.codecs.arrays import CONTEXT, Arrays, by_name
 from kvbits.codecs.packing import LAYOUT_ID
 from kvbits.errors import RecordError, UnsupportedModelError
 from kvbits.layer_plan import LayerPlan
@@ -34,7 +36,8 @@ def save_cache(cache: QuantizedCache, path: str | Path) -> None:
     Raises:
         UnsupportedModelError: If a layer keeps something other than keys and values.
     """
-    tensors: dict[str, Tensor] = {}
+    fitted = by_name(array for plan in cache.plans for array in plan.arrays)
+    tensors = {f"{CONTEXT}.{name}": tensor for name, tensor in fitted.items()}
     facts: list[dict[str, Any]] = []
     for index, layer in enumerate(cache.layers):
         own, fact = _export(layer, index)
@@ -62,7 +65,8 @@ def load_cache(path: str | Path, model: Any) -> QuantizedCache:
     if header.pop("sha256", None) != _checksum(tensors, header):
         raise RecordError(f"path must match its checksum, got damaged states in {path}")
     try:
-        plans = _PLANS.validate_json(header["plans"])
+        fitted = Arrays(below(tensors, CONTEXT))
+        plans = _PLANS.validate_json(header["plans"], context={CONTEXT: fitted})
         facts = json.loads(header["layers"])
         quantize_prefill = bool(json.loads(header["quantize_prefill"]))
         max_tokens = _ROOM.validate_json(header["max_tokens"])

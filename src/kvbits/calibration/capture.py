@@ -1,17 +1,20 @@
-"""States of a model on a few documents, and how much its loss depends on each."""
+"""States of a model on a few documents, what its loss makes of each, and what asks for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from kvbits.attention.hf import packed_attention, packed_mask
 from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import SIDES, Side
+
+OBSERVER_NAME = "kvbits_queries"
 
 
 class Observation(NamedTuple):
@@ -21,17 +24,24 @@ class Observation(NamedTuple):
         states: ``[1, H_kv, T, D]``.
         gradients: Of the summed cross-entropy with respect to the states, like them; None if they
             were not asked for.
+        queries: ``[1, H_q, T, D]`` as they meet the keys of the layer, with its keys; None if they
+            were not asked for.
     """
 
     states: Tensor
     gradients: Tensor | None
+    queries: Tensor | None = None
 
 
 Observations = dict[tuple[int, Side], Observation]
 
 
 def observe(
-    model: Any, documents: Sequence[Tensor], *, with_gradients: bool
+    model: Any,
+    documents: Sequence[Tensor],
+    *,
+    with_gradients: bool,
+    with_queries: bool = False,
 ) -> Iterator[Observations]:
     """Run the model over documents one by one, and hand out the states of every layer and side.
 
@@ -42,9 +52,11 @@ def observe(
         model: A causal language model of transformers.
         documents: Token ids ``[T]`` each.
         with_gradients: Whether to run the model backwards too.
+        with_queries: Whether to hand out queries too.
 
     Raises:
         CalibrationError: If there is no document of two tokens, or states are not finite.
+        UnsupportedModelError: If what was asked for does not pass where it can be seen.
     """
     usable = [document for document in documents if len(document) > 1]
     if not usable:
@@ -53,11 +65,17 @@ def observe(
         for document in usable:
             ids = document.to(model.device)[None]
             tap = _Tap(model.config, with_gradients)
-            with torch.set_grad_enabled(with_gradients):
+            watched = _watched(model, tap) if with_queries else nullcontext()
+            with torch.set_grad_enabled(with_gradients), watched:
                 logits = model(ids, past_key_values=tap, use_cache=True).logits
             if not tap.has_states:
                 raise UnsupportedModelError(
                     "model must pass keys and values through its cache, got none of either"
+                )
+            if with_queries and not tap.queries:
+                raise UnsupportedModelError(
+                    "model must attend by transformers' attention interface for its queries to be "
+                    "seen, got none"
                 )
             if with_gradients:
                 # The sum: a mean would make gradients of short documents larger.
@@ -77,6 +95,7 @@ class _Tap(DynamicCache):  # type: ignore[misc]
         self._states: dict[tuple[int, Side], Tensor] = {}
         self._zeros: dict[tuple[int, Side], Tensor] = {}
         self._gradients: dict[tuple[int, Side], Tensor] = {}
+        self.queries: dict[int, Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -110,9 +129,31 @@ class _Tap(DynamicCache):  # type: ignore[misc]
                     "check the model's weights and dtype"
                 )
         return {
-            name: Observation(states, self._gradients.get(name))
-            for name, states in self._states.items()
+            (layer_idx, side): Observation(
+                states,
+                self._gradients.get((layer_idx, side)),
+                self.queries.get(layer_idx) if side == "key" else None,
+            )
+            for (layer_idx, side), states in self._states.items()
         }
+
+
+@contextmanager
+def _watched(model: Any, tap: _Tap) -> Iterator[None]:
+    """Let a tap see the queries of every layer."""
+
+    def attend(module: torch.nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tap.queries[int(module.layer_idx)] = query.detach()  # type: ignore[arg-type]
+        return packed_attention(module, query, *args, **kwargs)
+
+    AttentionInterface.register(OBSERVER_NAME, attend)
+    AttentionMaskInterface.register(OBSERVER_NAME, packed_mask)
+    former = model.config._attn_implementation
+    model.set_attn_implementation(OBSERVER_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(former)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class Offer(NamedTuple):
     name: str
     effective_bits: float
     bytes_at_context: int
+    array_bytes: int  # once, beside the cache
     max_context: int | None
     max_batch: int | None
 
@@ -94,10 +95,11 @@ def _plans(config: Any, mode: Any, path: Path | None) -> list[tuple[str, CachePl
 
 def _offer(name: str, plan: CachePlan, context: int, memory: int | None) -> Offer:
     fits_context = fits_batch = None
+    fixed = plan.array_bytes
     if memory is not None:
-        fits_context = largest(lambda tokens: plan.bytes(tokens) <= memory)
-        fits_batch = largest(lambda rows: plan.bytes(context, rows) <= memory)
-    return Offer(name, plan.effective_bits, plan.bytes(context), fits_context, fits_batch)
+        fits_context = largest(lambda tokens: plan.bytes(tokens) + fixed <= memory)
+        fits_batch = largest(lambda rows: plan.bytes(context, rows) + fixed <= memory)
+    return Offer(name, plan.effective_bits, plan.bytes(context), fixed, fits_context, fits_batch)
 
 
 def largest(fits: Callable[[int], bool]) -> int:
@@ -190,6 +192,12 @@ def _print(
             cells += [_at_most(offer.max_context), _at_most(offer.max_batch)]
         costs.add_row(*cells)
     console().print(costs)
+    for offer in offers:
+        if offer.array_bytes:
+            console().print(
+                f"{offer.name}: and {size(offer.array_bytes)} of arrays, once for all sequences",
+                highlight=False,
+            )
 
 
 def _print_kernels(kernels: list[Kernel], context: int) -> None:

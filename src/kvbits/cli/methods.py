@@ -43,7 +43,10 @@ def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
 def calibrate(
     model: ModelName,
     method: Annotated[str, typer.Option(help="A name that `kvbits methods` lists.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plan.json.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for plan.json and what it is fitted with."),
+    ],
     bits: Annotated[
         float | None, typer.Option(help="Width of keys and values, if the method has a choice.")
     ] = None,
@@ -102,7 +105,7 @@ def _calibrated(
     sets = [each.first(most) if most else each for each in sets]
     documents = [document for each in sets for document in each.documents]
     with progress_bars() as bars:
-        task = bars.add_task(f"calibrating {method.name}", total=len(documents))
+        task = bars.add_task(f"calibrating {method.name}", total=method.passes * len(documents))
         plan = method.calibrate(loaded.model, documents, lambda: bars.advance(task))
     assert plan.provenance is not None
     used = tuple(dataset(each) for each in sets)

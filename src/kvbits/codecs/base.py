@@ -15,6 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from kvbits.codecs.arrays import Array
+
 Width = int | float
 TERNARY_BITS = 1.5
 
@@ -125,6 +127,19 @@ class Codec(BaseModel, ABC):
     @abstractmethod
     def check_head_dim(self, head_dim: int) -> None:
         """Raise ``ValueError`` if states of ``head_dim`` channels cannot be stored."""
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What the codec was fitted with, beside its numbers."""
+        return ()
+
+    def check_arrays(self, num_heads: int, head_dim: int) -> None:
+        """Raise ``ValueError`` if the arrays do not suit heads of ``head_dim`` channels."""
+
+    def check_heads(self, num_heads: int, head_dim: int) -> None:
+        """Raise ``ValueError`` if states of such heads cannot be stored."""
+        self.check_head_dim(head_dim)
+        self.check_arrays(num_heads, head_dim)
 
     @abstractmethod
     def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:

@@ -72,23 +72,17 @@ class Table(Codec):
         return self.table(device)
 
 
-class Codebook(Table, Grouped):
-    """Levels over the range of a group: ``x ≈ levels[code] * scale + offset``.
+class FittedTable(Table):
+    """A table over [-1, 1]; not one by itself.
 
-    The levels lie in [-1, 1]; ``scale`` is half the range of a group and ``offset`` its middle.
     ``decoded_levels`` stand for the levels where states are decoded: KVQuant's Q-Norm moves them
     so that decoded states have the mean and spread of exact ones.
-
-    Source: KVQuant (arXiv 2401.18079) section 3.3 (nuq).
-    Differs from the paper: the range of a group of keys is its own, not a calibrated one; scale
-    and offset are rounded to fp16 first, the scale upwards, so that the range stays covered.
     """
 
-    kind: Literal["codebook"] = "codebook"
     decoded_levels: Levels | None = None
 
     @model_validator(mode="after")
-    def _check_span(self) -> Codebook:
+    def _check_span(self) -> FittedTable:
         if self.levels[0] < -1 or self.levels[-1] > 1:
             raise ValueError(f"levels must lie in [-1, 1], got {self.levels}")
         if self.decoded_levels is not None and len(self.decoded_levels) != len(self.levels):
@@ -98,12 +92,25 @@ class Codebook(Table, Grouped):
             )
         return self
 
-    def largest_magnitude(self, head_dim: int) -> float:
-        return torch.finfo(FP16).max / 2
-
     def decoded_table(self, device: torch.device) -> Tensor:
         levels = self.decoded_levels or self.levels
         return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
+class Codebook(FittedTable, Grouped):
+    """Levels over the range of a group: ``x ≈ levels[code] * scale + offset``.
+
+    The levels lie in [-1, 1]; ``scale`` is half the range of a group and ``offset`` its middle.
+
+    Source: KVQuant (arXiv 2401.18079) section 3.3 (nuq).
+    Differs from the paper: scale and offset are rounded to fp16 first, the scale upwards, so that
+    the range stays covered. ``RangeNormalised`` has the ranges of calibration.
+    """
+
+    kind: Literal["codebook"] = "codebook"
+
+    def largest_magnitude(self, head_dim: int) -> float:
+        return torch.finfo(FP16).max / 2
 
     def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
         return (self._affine_spec(head_dim, 2, FP16),)
@@ -128,8 +135,7 @@ class Codebook(Table, Grouped):
 
     def decode(self, encoded: Encoded, context: EncodeContext = NO_CONTEXT) -> Tensor:
         scale, offset = encoded.parameters["affine"].float().split(1, -1)
-        table = self.decoded_table(encoded.codes.device)
-        values = table[self.grouped(encoded.codes).int()]
+        values = self.decoded_table(encoded.codes.device)[self.grouped(encoded.codes).int()]
         return self._ungrouped(values * scale + offset, encoded.codes.shape[-2])
 
 

@@ -67,7 +67,7 @@ class PageStore:
         page_tokens: int | None = None,
         first_position: int = 0,
     ) -> None:
-        codec.check_head_dim(head_dim)
+        codec.check_heads(num_heads, head_dim)
         self.codec = codec
         self.num_heads = num_heads
         self.head_dim = head_dim

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import model_validator
 from torch import Tensor
 
+from kvbits.codecs.arrays import Array
 from kvbits.codecs.base import NO_CONTEXT, Codec, EncodeContext, Encoded, ParameterSpec, Width
 
 if TYPE_CHECKING:
@@ -69,6 +70,13 @@ class Wrapper(Codec):
 
     def check_head_dim(self, head_dim: int) -> None:
         self.inner.check_head_dim(head_dim)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self.inner.arrays
+
+    def check_arrays(self, num_heads: int, head_dim: int) -> None:
+        self.inner.check_arrays(num_heads, head_dim)
 
     def parameter_specs(self, head_dim: int) -> tuple[ParameterSpec, ...]:
         return (*self.inner.parameter_specs(head_dim), *self.own_specs(head_dim))

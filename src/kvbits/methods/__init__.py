@@ -12,6 +12,7 @@ from kvbits.methods.kivi import Kivi
 from kvbits.methods.kvarn import KVarN
 from kvbits.methods.kvquant import KVQuant
 from kvbits.methods.kvtuner import KVTuner
+from kvbits.methods.oscar import Oscar
 from kvbits.methods.per_token import Hadamard, PerToken
 from kvbits.methods.skvq import Skvq
 from kvbits.methods.turboquant import TurboQuant
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
         KVQuant,
         Skvq,
         Hadamard,
+        Oscar,
         TurboQuant,
         KVarN,
         Int8,

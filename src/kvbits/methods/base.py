@@ -46,6 +46,11 @@ class Method(BaseModel, ABC):
         """Whether ``calibrate`` needs the model's weights and text, under these settings."""
         return False
 
+    @property
+    def passes(self) -> int:
+        """Times ``calibrate`` runs over the documents, if it needs them."""
+        return 1
+
     @abstractmethod
     def layer_plan(self, layer: LayerGeometry, config: Any) -> LayerPlan:
         """How one packable layer is stored.
@@ -63,7 +68,7 @@ class Method(BaseModel, ABC):
         Args:
             model: A causal language model of transformers.
             documents: Token ids ``[T]`` each.
-            progress: Called after every document.
+            progress: Called after every document, in every pass.
 
         Raises:
             CalibrationError: If there is too little text, or states are not finite.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from kvbits.codecs import Codec, EncodeContext, PreRope
 from kvbits.errors import UnsupportedModelError
 from kvbits.geometry import LayerGeometry
 
@@ -53,3 +57,17 @@ def frequencies(layer: LayerGeometry, config: Any) -> tuple[float, ...]:
     width = int(layer.key_head_dim * (share or 1.0))
     theta = float(rope["rope_theta"])
     return tuple(theta ** (-channel / width) for channel in range(0, width, 2))
+
+
+def before_rotary(codec: Codec, states: Tensor, first_position: int) -> Tensor:
+    """Keys ``[B, H_kv, T, D]``, or their gradients, as ``codec`` turns them back.
+
+    Args:
+        codec: The codec of the keys.
+        states: Of tokens that follow each other.
+        first_position: Position of the first of them.
+    """
+    assert isinstance(codec, PreRope)
+    stop = first_position + states.shape[-2]
+    positions = torch.arange(first_position, stop, device=states.device)[None]
+    return codec.apply(states.float(), EncodeContext(positions))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
 from kvbits import memory
 from kvbits._version import __version__
+from kvbits.codecs.arrays import CONTEXT, by_name
 from kvbits.codecs.base import Width
 from kvbits.errors import PlanError
 from kvbits.geometry import ModelGeometry, num_cache_layers
 from kvbits.layer_plan import LayerPlan
-from kvbits.plan import files, fitting, kvtuner, loading, modes, summary
+from kvbits.plan import arrays, files, fitting, kvtuner, loading, modes, summary
 from kvbits.plan.modes import EXACT_BITS, Mode, Pair, Settings
 from kvbits.plan.provenance import Metric, Provenance
 
@@ -67,6 +70,7 @@ class CachePlan(BaseModel):
                 f"got {loading.shorten(self.fingerprint)}; the file was edited by hand"
             )
         fitting.check_layers(self.layers, self.model)
+        _ = self.arrays  # raises where two of one name differ
         return self
 
     # ----- making plans
@@ -195,8 +199,16 @@ class CachePlan(BaseModel):
     # ----- files
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; a reader sees the old file or the new one, never a part."""
-        files.write_text(Path(path), self.model_dump_json(indent=2) + "\n")
+        """Write the plan as JSON, and what its codecs were fitted with to a file beside it.
+
+        A reader sees the old plan with its arrays or the new one, never a part. Arrays of a plan
+        that is replaced stay where they are: another plan may name them.
+        """
+        path, tensors = Path(path), self.arrays
+        data = json.loads(self.model_dump_json())
+        if tensors:
+            data[arrays.FIELD] = arrays.write(path.parent, tensors).model_dump()
+        files.write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CachePlan:
@@ -205,21 +217,33 @@ class CachePlan(BaseModel):
         Raises:
             PlanError: If the file is not a valid plan; one sentence says where and why.
         """
-        return cls.from_json(files.read_text(Path(path)), source=str(path))
+        path = Path(path)
+        return cls.from_json(files.read_text(path), source=str(path), folder=path.parent)
 
     @classmethod
-    def from_json(cls, text: str, *, source: str = "text") -> CachePlan:
-        """Parse the JSON of a plan strictly; ``source`` names it in messages.
+    def from_json(
+        cls, text: str, *, source: str = "text", folder: str | Path | None = None
+    ) -> CachePlan:
+        """Parse the JSON of a plan strictly.
+
+        Args:
+            text: The JSON.
+            source: Names it in messages.
+            folder: Where the file of its arrays lies, if it has one.
 
         Raises:
             PlanError: As ``load``.
         """
         data = loading.parse_object(text, source)
         loading.check_header(data, FORMAT, SCHEMA_VERSION, source)
+        record = data.pop(arrays.FIELD, None)
+        found = arrays.read(record, None if folder is None else Path(folder))
         try:
-            return cls.model_validate_json(text)
+            plan = cls.model_validate_json(json.dumps(data), context={CONTEXT: found})
         except ValidationError as error:
             raise PlanError(loading.one_sentence(error)) from None
+        arrays.check_all_used(found)
+        return plan
 
     def to_kvtuner_yaml(self, path: str | Path) -> None:
         """Write the widths as a KVTuner file; the mode, groups and windows are not in it.
@@ -279,6 +303,23 @@ class CachePlan(BaseModel):
         )
 
     # ----- what it costs
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """What codecs were fitted with, by name; a file beside the plan holds it.
+
+        Raises:
+            PlanError: If two arrays of one name differ.
+        """
+        try:
+            return by_name(array for layer in self.layers for array in layer.arrays)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of ``arrays``: once for a model, however many caches and tokens there are."""
+        return sum(tensor.nbytes for tensor in self.arrays.values())
 
     @property
     def pairs(self) -> list[tuple[Width, Width]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvbits.errors import PlanError
 from kvbits.geometry import LayerGeometry, ModelGeometry
 from kvbits.layer_plan import SIDES, LayerPlan
-from kvbits.memory import head_dim
+from kvbits.memory import head_dim, num_group_heads
 
 
 def check_layers(layers: Sequence[LayerPlan], model: ModelGeometry) -> None:
@@ -43,8 +43,9 @@ def _check_layer(name: str, plan: LayerPlan, layer: LayerGeometry) -> None:
         )
     for number, group in enumerate(plan.groups):
         for side in SIDES:
+            codec, width = group.codec(side), head_dim(layer, side)
             try:
-                group.codec(side).check_head_dim(head_dim(layer, side))
+                codec.check_heads(num_group_heads(group, layer), width)
             except ValueError as error:
                 raise PlanError(f"{name}.groups[{number}].{side}: {error}") from None
 
