@@ -15,6 +15,7 @@ from kvbits.codecs.outliers import Outliers
 from kvbits.codecs.promoted import Promoted
 from kvbits.codecs.rope import PreRope
 from kvbits.codecs.rotation import Rotated
+from kvbits.codecs.tiered import Tiered
 from kvbits.codecs.variance import VarianceNormalised
 
 AnyCodec = Annotated[
@@ -28,6 +29,7 @@ AnyCodec = Annotated[
     | PreRope
     | Promoted
     | Rotated
+    | Tiered
     | VarianceNormalised,
     Field(discriminator="kind"),
 ]
@@ -52,5 +54,6 @@ __all__ = [
     "PreRope",
     "Promoted",
     "Rotated",
+    "Tiered",
     "VarianceNormalised",
 ]

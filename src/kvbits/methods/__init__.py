@@ -13,6 +13,7 @@ from kvbits.methods.kvarn import KVarN
 from kvbits.methods.kvquant import KVQuant
 from kvbits.methods.kvtuner import KVTuner
 from kvbits.methods.per_token import Hadamard, PerToken
+from kvbits.methods.qaq import Qaq
 from kvbits.methods.skvq import Skvq
 from kvbits.methods.turboquant import TurboQuant
 from kvbits.plan.loading import one_sentence
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
         Kivi,
         KVQuant,
         Skvq,
+        Qaq,
         Hadamard,
         TurboQuant,
         KVarN,
