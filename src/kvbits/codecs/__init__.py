@@ -9,6 +9,7 @@ from pydantic import Field
 from kvbits.codecs.affine import Affine
 from kvbits.codecs.base import Codec, EncodeContext, Encoded, ParameterSpec
 from kvbits.codecs.codebook import Codebook, NormScaled
+from kvbits.codecs.external import Hqq, Quanto
 from kvbits.codecs.floating import Float4, Float8
 from kvbits.codecs.identity import Identity
 from kvbits.codecs.outliers import Outliers
@@ -23,11 +24,13 @@ AnyCodec = Annotated[
     | Codebook
     | Float4
     | Float8
+    | Hqq
     | Identity
     | NormScaled
     | Outliers
     | PreRope
     | Promoted
+    | Quanto
     | Rotated
     | Tiered
     | VarianceNormalised,
@@ -47,12 +50,14 @@ __all__ = [
     "Encoded",
     "Float4",
     "Float8",
+    "Hqq",
     "Identity",
     "NormScaled",
     "Outliers",
     "ParameterSpec",
     "PreRope",
     "Promoted",
+    "Quanto",
     "Rotated",
     "Tiered",
     "VarianceNormalised",

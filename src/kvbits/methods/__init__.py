@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kvbits.methods.backends import HqqBackend, QuantoBackend
 from kvbits.methods.base import Method
 from kvbits.methods.formats import Fp8, Int8, MxFp4, NvFp4
 from kvbits.methods.kivi import Kivi
@@ -33,6 +34,8 @@ METHODS: dict[str, type[Method]] = {
         Fp8,
         NvFp4,
         MxFp4,
+        QuantoBackend,
+        HqqBackend,
         KVTuner,
     )
 }
