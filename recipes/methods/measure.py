@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvbits
 from kvbits import CachePlan
+from kvbits.errors import MissingLibraryError
 from kvbits.evaluation.accuracy import run_task
 from kvbits.evaluation.corpora import default_sets, text_set
 from kvbits.evaluation.divergence import measure
@@ -191,12 +192,14 @@ def run(arguments: argparse.Namespace, wanted: list[Subject]) -> None:
         )
     todo = [each for each in wanted if _lacking(held.get(each.name, {}), arguments.problems)]
     for subject in track(todo, "measuring"):
-        known = held.get(subject.name, {})
         plan = subject.plan(bench)
-        if "texts" not in known:
-            add(arguments.out, subject, bench.divergence(subject, plan))
-        if arguments.problems:
-            add(arguments.out, subject, bench.accuracy(plan))
+        try:
+            if "texts" not in held.get(subject.name, {}):
+                add(arguments.out, subject, bench.divergence(subject, plan))
+            if arguments.problems:
+                add(arguments.out, subject, bench.accuracy(plan))
+        except MissingLibraryError as error:
+            print(f"{subject.name}: left out, {error}", flush=True)
 
 
 def _lacking(known: dict[str, Any], problems: int) -> bool:

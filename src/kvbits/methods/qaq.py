@@ -16,7 +16,7 @@ from kvbits.codecs import Affine, AnyCodec, Codebook, Outliers, Tiered
 from kvbits.codecs.levels import normal_quantiles
 from kvbits.codecs.outliers import slots_for
 from kvbits.codecs.tiered import PLANE_BITS
-from kvbits.errors import CalibrationError
+from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan, Side
 from kvbits.memory import head_dim
@@ -101,6 +101,12 @@ class Qaq(Method):
         if not self.needs_data:
             return start
         found = self.needs(model, documents, progress)
+        unseen = [i for i, each in enumerate(start.layers) if not each.is_exact and i not in found]
+        if unseen:
+            raise UnsupportedModelError(
+                f"model must compute attention through transformers' interface, got none of layer "
+                f"{unseen[0]}"
+            )
         layers = [
             layer if layer.is_exact else self._fitted(found[index], start.model.layers[index])
             for index, layer in enumerate(start.layers)
@@ -290,7 +296,7 @@ def bits_needed(ranges: Tensor, deviation: Tensor, formula: Formula) -> Tensor:
 
     Source: QAQ (arXiv 2403.04643) section 3; the code is its released one.
     """
-    step = math.sqrt(12) * deviation
+    step = math.sqrt(12) * deviation.to(ranges.device)
     ratio = ranges.double() / step if formula == "paper" else ranges.double() / (2 * step) + 1
     return ratio.log2().ceil().clamp(min=0)
 
