@@ -27,6 +27,7 @@ from kvbits.codecs import (
     Promoted,
     RangeNormalised,
     Rotated,
+    Tiered,
     VarianceNormalised,
 )
 from kvbits.codecs.levels import lloyd_max, normal_float
@@ -105,6 +106,22 @@ PLANS = {
     ),
     "promoted": LayerPlan.uniform(
         Promoted(group_size=32, num_promoted=4), Affine(bits=2), residual_length=40
+    ),
+    "tiered": LayerPlan.uniform(
+        Outliers(
+            inner=Tiered(
+                codecs=(Affine(bits=2), Affine(bits=4), Affine(bits=8)),
+                num_wide=(12, 3),
+                tile_tokens=32,
+            ),
+            slots=2,
+        ),
+        Tiered(
+            codecs=(Codebook(levels=normal_float(3)), Codebook(levels=normal_float(4))),
+            num_wide=(5,),
+            tile_tokens=16,
+        ),
+        residual_length=4,
     ),
     "outliers": LayerPlan.uniform(
         Outliers(inner=channel(3, 32), slots=2, by="channel"),

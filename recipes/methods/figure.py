@@ -12,6 +12,16 @@ from typing import Any
 
 BITS = "effective_bits_at_context"
 DOMAINS = ("text", "reasoning", "recall")
+EXACT = "16 bits"  # full precision
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a file, the lines of one plan joined; none if there is no file."""
+    records: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        record = json.loads(line)
+        records.setdefault(record["subject"], {}).update(record)
+    return list(records.values())
 
 
 def pareto(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -27,11 +37,12 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown, by effective bits; members of the Pareto set are bold."""
     front = {record["subject"] for record in pareto(records)}
     context = records[0]["context"]
-    rows = [
-        f"| method | effective bits | at {context} tokens | text KL, nats | flips, % | perplexity "
-        "| reasoning KL | recall KL |",
-        "|---|---|---|---|---|---|---|---|",
+    tasks = accuracy_columns(records)
+    columns = [
+        *("method", "effective bits", f"at {context} tokens", "text KL, nats", "flips, %"),
+        *("perplexity", "reasoning KL", "recall KL", *tasks.values()),
     ]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for record in sorted(records, key=lambda r: r[BITS]):
         text = record["text"]
         name = record["subject"]
@@ -43,9 +54,34 @@ def table(records: list[dict[str, Any]]) -> str:
             f"{100 * text['flips']:.2f}",
             f"{text['perplexity']:.3f}",
             *(f"{record[name]['kl_nats']:.5f}" for name in DOMAINS[1:]),
+            *(accuracy(record, task) for task in tasks),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def accuracy_columns(records: list[dict[str, Any]]) -> dict[str, str]:
+    """Title of the column of every task that was measured, with the number of problems.
+
+    Raises:
+        ValueError: If records are of different numbers of problems.
+    """
+    counts: dict[str, set[int]] = {}
+    for record in records:
+        for task, found in record.get("accuracy", {}).items():
+            counts.setdefault(task, set()).add(found["n"])
+    for task, numbers in counts.items():
+        if len(numbers) > 1:
+            raise ValueError(f"n of {task} must be the same in all records, got {numbers}")
+    return {task: f"{task}, % (n = {min(numbers)})" for task, numbers in counts.items()}
+
+
+def accuracy(record: dict[str, Any], task: str) -> str:
+    """One cell: percent and standard error."""
+    found = record.get("accuracy", {}).get(task)
+    if found is None:
+        return ""
+    return f"{100 * found['accuracy']:.1f} ± {100 * found['standard_error']:.1f}"
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
@@ -85,7 +121,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    found = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    found = read_records(Path(sys.argv[1]))
     print(table(found))
     if len(sys.argv) > 2:
-        draw(found, Path(sys.argv[2]))
+        draw([each for each in found if each["method"] != EXACT], Path(sys.argv[2]))

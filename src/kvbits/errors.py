@@ -4,6 +4,7 @@ KVBitsError
 ├── PlanError                a plan is malformed or does not fit the model
 ├── UnsupportedModelError    the model has layers or shapes kvbits cannot handle
 ├── KernelUnavailableError   the requested implementation cannot run here
+├── MissingLibraryError      an optional library is not installed
 ├── CalibrationError         calibration data or states are unusable
 └── RecordError              a stored record or run directory is damaged or from another run
 
@@ -27,6 +28,10 @@ class UnsupportedModelError(KVBitsError):
 
 class KernelUnavailableError(KVBitsError):
     """The attention implementation that was asked for cannot run on this machine or shape."""
+
+
+class MissingLibraryError(KVBitsError, ImportError):
+    """A codec needs a library that only an extra of kvbits brings."""
 
 
 class CalibrationError(KVBitsError):

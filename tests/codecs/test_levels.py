@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvbits.codecs import NormScaled
-from kvbits.codecs.levels import lloyd_max, normal_float
+from kvbits.codecs.levels import lloyd_max, normal_float, normal_quantiles
 
 # Max (1960), table I: positive levels and the error they leave.
 LLOYD_MAX = {
@@ -58,3 +58,10 @@ def test_a_corrected_norm_makes_tokens_as_long_as_they_were():
     codec = NormScaled(levels=lloyd_max(2))
     length = codec.decode(codec.encode(states)).norm(dim=-1)
     torch.testing.assert_close(length, states.norm(dim=-1), rtol=1e-3, atol=0)  # fp16 norms
+
+
+def test_normal_quantiles_lie_in_the_middle_of_equal_shares():
+    """Of a normal, 1/8 lies below -1.15035 and 3/8 below -0.31864."""
+    inner = 0.31864 / 1.15035
+    assert normal_quantiles(2) == pytest.approx((-1, -inner, inner, 1), abs=1e-5)
+    assert len(normal_quantiles(8)) == 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,19 @@ from kvbits.methods import METHODS, build_method
 from kvbits.methods.listing import markdown_table
 from kvbits.testing import tiny_model
 
+# What extras bring; the first of two names may be there without the second.
+LIBRARIES = {"quanto": ("optimum", "optimum.quanto"), "hqq": ("hqq",)}
+needs_library = {
+    name: pytest.mark.skipif(not all(map(find_spec, modules)), reason=f"needs kvbits[{name}]")
+    for name, modules in LIBRARIES.items()
+}
 # KVTuner's plans are for models of their own.
-every_method = pytest.mark.parametrize("name", [name for name in METHODS if name != "kvtuner"])
-NARROWEST = {"per-token": 2, "kivi": 2, "kvquant": 2, "skvq": 2, "hadamard": 2}
-NARROWEST |= {"turboquant": 2, "kvarn": 2}
+named = [name for name in METHODS if name != "kvtuner"]
+every_method = pytest.mark.parametrize("name", named)
+every_installed_method = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_library.get(name, ())) for name in named]
+)
+NARROWEST = ("per-token", "kivi", "kvquant", "skvq", "hadamard", "turboquant", "kvarn", *LIBRARIES)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +73,7 @@ def test_a_plan_survives_its_file(name, model, tmp_path):
     assert plan.provenance.method == name
 
 
-@every_method
+@every_installed_method
 @torch.no_grad()
 def test_decoding_with_a_plan_works_and_bytes_are_those_of_the_formula(name, model):
     plan = plan_of(name, model)
@@ -75,7 +85,7 @@ def test_decoding_with_a_plan_works_and_bytes_are_those_of_the_formula(name, mod
     assert cache.nbytes == plan.bytes(341, batch=2, state_bits=32)
 
 
-@every_method
+@every_installed_method
 @torch.no_grad()
 def test_attention_sees_what_the_codecs_decode(name, model):
     """With and without kvbits attention: the handle materialises what the reference walks."""
@@ -92,11 +102,15 @@ def test_attention_sees_what_the_codecs_decode(name, model):
     torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NARROWEST)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_library.get(name, ())) for name in NARROWEST]
+)
 @torch.no_grad()
 def test_more_bits_are_closer_to_the_exact_model(name, model):
     """With exact tokens only where the method must have some, so that all is packed."""
-    settings = {"sink_tokens": 0} | ({"residual_length": 32} if name in {"kivi", "skvq"} else {})
+    settings = {"sink_tokens": 0} | (
+        {"residual_length": 32} if name in {"kivi", "skvq", *LIBRARIES} else {}
+    )
     exact = DynamicCache(config=model.config)
     model(prompt(300), past_key_values=exact)
     expected = model(prompt(1), past_key_values=exact).logits

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kvbits.evaluation.corpora import SetSize, default_sets
+from kvbits.evaluation.tasks import Passkey
 from kvbits.methods import METHODS, build_method
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-def load(name):
-    path = RECIPES / "methods" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"methods_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def load(monkeypatch):
+    """Import a script of the recipe as it imports the others: by name."""
+    monkeypatch.syspath_prepend(RECIPES / "methods")
+    return importlib.import_module
 
 
 def record(subject, bits, kl):
@@ -29,15 +31,16 @@ def record(subject, bits, kl):
     }
 
 
-def test_every_method_is_measured_at_every_width_it_has():
-    subjects = list(load("measure").subjects())
+def test_every_method_is_measured_at_every_width_it_has(load):
+    exact, *subjects = load("measure").subjects()
+    assert exact.method == load("figure").EXACT
     assert {each.method for each in subjects} == set(METHODS) - {"kvtuner"}
     assert len({each.name for each in subjects}) == len(subjects)
     for each in subjects:
         build_method(each.method, **each.settings)
 
 
-def test_the_pareto_set_is_what_nothing_beats():
+def test_the_pareto_set_is_what_nothing_beats(load):
     records = [
         record("a", 2, 0.5),
         record("b", 3, 0.1),
@@ -59,8 +62,61 @@ def test_the_pareto_set_is_what_nothing_beats():
         "ablation-kvquant/results/kvbits-tiny",
     ],
 )
-def test_committed_records_have_all_the_table_needs(name):
-    path = RECIPES / f"{name}.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+def test_committed_records_have_all_the_table_needs(name, load):
+    records = load("figure").read_records(RECIPES / f"{name}.jsonl")
     assert len({each["subject"] for each in records}) == len(records)
     assert load("figure").table(records).count("\n") == len(records) + 1
+
+
+def test_the_cpu_subset_is_part_of_all_that_is_measured(load):
+    measure = load("measure")
+    assert set(map(str, measure.CPU_SUBSET)) < set(map(str, measure.subjects()))
+
+
+def solved(accuracy, n):
+    return {"arithmetic": {"accuracy": accuracy, "standard_error": 0.021, "n": n}}
+
+
+def test_accuracies_join_their_plan_and_print_their_n(load, tmp_path):
+    figure, path = load("figure"), tmp_path / "records.jsonl"
+    lines = [
+        record("a", 2, 0.5),
+        record("b", 3, 0.1),
+        {"subject": "a", "accuracy": solved(0.9, 200)},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = figure.read_records(path)
+    assert [each["subject"] for each in records] == ["a", "b"]
+    header, _, first, second = figure.table(records).splitlines()
+    assert header.endswith("| arithmetic, % (n = 200) |")
+    assert first.endswith("| 90.0 ± 2.1 |")
+    assert second.endswith("|  |")
+    mixed = [records[0], record("b", 3, 0.1) | {"accuracy": solved(0.5, 50)}]
+    with pytest.raises(ValueError, match="n of arithmetic must be the same in all records"):
+        figure.table(mixed)
+
+
+def test_a_run_adds_what_is_missing(load, tiny_model_dir, tmp_path, monkeypatch):
+    measure = load("measure")
+    monkeypatch.setattr(measure, "TASKS", (Passkey(length=64),))
+    size = SetSize(1, 40, 1, 2, 40)
+    monkeypatch.setattr(measure, "default_sets", partial(default_sets, size=size))
+    out = tmp_path / "out.jsonl"
+    chosen = [measure.Subject("16 bits", {}), measure.Subject("int8", {})]
+
+    def run(*options):
+        options = ("--model", str(tiny_model_dir), "--out", str(out), *options)
+        measure.run(
+            measure.parse().parse_args(["--documents", "1", "--tokens", "40", *options]), chosen
+        )
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    exact, packed = run()
+    assert exact["text"]["kl_nats"] == 0 < packed["text"]["kl_nats"]
+    assert (exact["effective_bits"], packed["effective_bits"]) == (16, 8.5)
+    *_, first, second = run("--problems", "2")
+    assert [first["subject"], second["subject"]] == ["16 bits", "int8"]
+    assert second["accuracy"]["passkey"]["n"] == 2
+    assert len(run("--problems", "2")) == 4  # nothing is missing
+    with pytest.raises(SystemExit, match="--out must not hold records of other texts"):
+        run("--tokens", "30")

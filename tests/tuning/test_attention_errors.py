@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
+from kvbits.calibration.attention import Observed, observed_attention
 from kvbits.codecs import Affine, Identity
 from kvbits.errors import CalibrationError
 from kvbits.geometry import ModelGeometry
@@ -11,10 +12,8 @@ from kvbits.layer_plan import LayerPlan
 from kvbits.plan.modes import layer_plan
 from kvbits.tuning.attention_errors import (
     ErrorSums,
-    Observed,
     decoded_states,
     layer_errors,
-    observed_attention,
     relative_error,
 )
 

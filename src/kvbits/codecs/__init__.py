@@ -10,6 +10,7 @@ from kvbits.codecs.affine import Affine
 from kvbits.codecs.arrays import Array
 from kvbits.codecs.base import Codec, EncodeContext, Encoded, ParameterSpec
 from kvbits.codecs.codebook import Codebook, NormScaled
+from kvbits.codecs.external import Hqq, Quanto
 from kvbits.codecs.floating import Float4, Float8
 from kvbits.codecs.identity import Identity
 from kvbits.codecs.matrix import MatrixRotated
@@ -19,6 +20,7 @@ from kvbits.codecs.promoted import Promoted
 from kvbits.codecs.ranges import NearestLevel, RangeNormalised
 from kvbits.codecs.rope import PreRope
 from kvbits.codecs.rotation import Rotated
+from kvbits.codecs.tiered import Tiered
 from kvbits.codecs.variance import VarianceNormalised
 
 AnyCodec = Annotated[
@@ -26,6 +28,7 @@ AnyCodec = Annotated[
     | Codebook
     | Float4
     | Float8
+    | Hqq
     | Identity
     | MatrixRotated
     | NearestLevel
@@ -34,8 +37,10 @@ AnyCodec = Annotated[
     | Permuted
     | PreRope
     | Promoted
+    | Quanto
     | RangeNormalised
     | Rotated
+    | Tiered
     | VarianceNormalised,
     Field(discriminator="kind"),
 ]
@@ -62,6 +67,7 @@ __all__ = [
     "Encoded",
     "Float4",
     "Float8",
+    "Hqq",
     "Identity",
     "MatrixRotated",
     "NearestLevel",
@@ -71,7 +77,9 @@ __all__ = [
     "Permuted",
     "PreRope",
     "Promoted",
+    "Quanto",
     "RangeNormalised",
     "Rotated",
+    "Tiered",
     "VarianceNormalised",
 ]

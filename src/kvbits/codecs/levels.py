@@ -27,6 +27,17 @@ def normal_float(bits: int) -> tuple[float, ...]:
 
 
 @functools.cache
+def normal_quantiles(bits: int) -> tuple[float, ...]:
+    """``2**bits`` ascending levels in [-1, 1], in the middle of equally likely bins of a normal.
+
+    Source: QAQ (arXiv 2403.04643), its normal quantizer.
+    """
+    count = 2**bits
+    levels = [_NORMAL.inv_cdf((i + 0.5) / count) for i in range(count)]
+    return tuple(level / levels[-1] for level in levels)
+
+
+@functools.cache
 def lloyd_max(bits: int) -> tuple[float, ...]:
     """``2**bits`` ascending levels of least mean squared error for a standard normal.
 

@@ -16,6 +16,11 @@ FP16_MAX = torch.finfo(FP16).max
 MAX_CHANNELS = 256  # an index is a byte
 
 
+def slots_for(share: float, head_dim: int) -> int:
+    """The even number of slots, at least two, that is nearest to a share of a token's values."""
+    return 2 * max(1, round(share * head_dim / 2))
+
+
 class Outliers(Wrapper):
     """The ``slots`` most extreme values of every token and head, half of them from each end.
 

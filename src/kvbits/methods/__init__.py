@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kvbits.methods.backends import HqqBackend, QuantoBackend
 from kvbits.methods.base import Method
 from kvbits.methods.formats import Fp8, Int8, MxFp4, NvFp4
 from kvbits.methods.kivi import Kivi
@@ -14,6 +15,7 @@ from kvbits.methods.kvquant import KVQuant
 from kvbits.methods.kvtuner import KVTuner
 from kvbits.methods.oscar import Oscar
 from kvbits.methods.per_token import Hadamard, PerToken
+from kvbits.methods.qaq import Qaq
 from kvbits.methods.skvq import Skvq
 from kvbits.methods.turboquant import TurboQuant
 from kvbits.plan.loading import one_sentence
@@ -25,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
         Kivi,
         KVQuant,
         Skvq,
+        Qaq,
         Hadamard,
         Oscar,
         TurboQuant,
@@ -33,6 +36,8 @@ METHODS: dict[str, type[Method]] = {
         Fp8,
         NvFp4,
         MxFp4,
+        QuantoBackend,
+        HqqBackend,
         KVTuner,
     )
 }

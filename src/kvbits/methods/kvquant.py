@@ -24,6 +24,7 @@ from kvbits.codecs import (
 )
 from kvbits.codecs.base import NO_CONTEXT
 from kvbits.codecs.levels import normal_float
+from kvbits.codecs.outliers import slots_for
 from kvbits.errors import CalibrationError
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, LayerPlan, Side
@@ -237,8 +238,7 @@ class KVQuant(Method):
     ) -> AnyCodec:
         if not self.outlier_share:
             return codec
-        slots = 2 * max(1, round(self.outlier_share * head_dim / 2))
-        return Outliers(inner=codec, slots=slots, by=by)
+        return Outliers(inner=codec, slots=slots_for(self.outlier_share, head_dim), by=by)
 
     def _count(self, histogram: Histogram, codec: Codec, observation: Observation) -> None:
         """Add the normalised states that a layer packs of one document, with their weights."""

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from kvbits.calibration.attention import observed_attention
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.evaluation.divergence import Divergence, Reference, measure, reference_logits
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.plan.modes import Mode, layer_plan
-from kvbits.tuning.attention_errors import ErrorSums, LayerErrors, observed_attention
+from kvbits.tuning.attention_errors import ErrorSums, LayerErrors
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.tables import EXACT_BITS, SIDES, Pair
