@@ -32,6 +32,7 @@ RANKS = {
     "calibration": 8,
     "methods": 9,
     "evaluation": 10,
+    "export": 11,
     "generation": 11,
     "tuning": 11,
     "report": 11,

@@ -15,6 +15,7 @@ import typer
 from kvbits._version import __version__
 from kvbits.cli import bench
 from kvbits.cli.evaluate import evaluate
+from kvbits.cli.export import export
 from kvbits.cli.failures import OneLineGroup
 from kvbits.cli.generate import generate
 from kvbits.cli.inspect import inspect
@@ -49,7 +50,7 @@ def _root(
     """Options of the command itself."""
 
 
-for command in (inspect, methods, calibrate, tune, generate, evaluate, report):
+for command in (inspect, methods, calibrate, tune, generate, evaluate, report, export):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 
