@@ -182,7 +182,9 @@ def test_importing_kvbits_loads_nothing_heavy():
     assert heavy_modules_after("import kvbits") == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["tune", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["tune", "--help"], ["eval", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "from kvbits.cli import main\nimport sys\n"
