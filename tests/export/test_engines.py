@@ -20,6 +20,7 @@ from kvbits import CachePlan
 from kvbits.errors import PlanError
 from kvbits.export import ENGINES, export_plan
 from kvbits.export.listing import markdown_table
+from kvbits.methods import build_method
 
 MIXED = [(8, 4)] * 2 + [(4, 2)] * 4
 DOCUMENTED = {
@@ -160,8 +161,9 @@ def test_engines_with_one_format_say_that_sliding_layers_take_it():
     assert "layers the plan leaves to the stock cache become nvfp4 too" in made.losses
 
 
-def test_tensorrt_llm_gets_a_file_of_options():
-    files = export_plan(plan_of((8, 8)), "tensorrt-llm").settings.files
+def test_tensorrt_llm_gets_a_flag_and_a_file_of_options():
+    arguments, files = export_plan(plan_of((8, 8)), "tensorrt-llm").settings
+    assert arguments == ("--kv_cache_dtype", "fp8")
     assert yaml.safe_load(files["tensorrt_llm.yaml"]) == {"kv_cache_config": {"dtype": "fp8"}}
 
 
@@ -200,17 +202,51 @@ def test_modelopt_gets_every_layer():
     assert entries[3]["cfg"]["block_sizes"][-1] == 16
 
 
+def generation_arguments(plan):
+    return json.loads(export_plan(plan, "transformers").settings.files["generation_config.json"])
+
+
 def test_transformers_takes_the_generation_arguments():
     from transformers import GenerationConfig
 
     plan = plan_of((4, 2), mode="kivi", residual_length=64)
-    files = export_plan(plan, "transformers").settings.files
-    arguments = json.loads(files["generation_config.json"])
-    config = GenerationConfig(**arguments)
+    config = GenerationConfig(**generation_arguments(plan))
     config.validate(strict=True)
     assert config.cache_implementation == "quantized"
     assert config.cache_config["nbits"] == 4
     assert config.cache_config["residual_length"] == 64
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 64), (64, 64), (96, 32), (32, 32)])
+def test_transformers_groups_divide_the_heads(head_dim, group_size):
+    plan = CachePlan.uniform(full(2, head_dim=head_dim), 4, 4)
+    assert generation_arguments(plan)["cache_config"]["q_group_size"] == group_size
+
+
+@pytest.mark.parametrize(
+    ("bits", "backend"), [(2, "quanto"), (4, "quanto"), (8, "hqq"), (8, "fp8")]
+)
+def test_transformers_generates_with_them(tiny_model_dir, bits, backend):
+    """At odd lengths, where some backends fail at some widths."""
+    import torch
+    from transformers import AutoModelForCausalLM, cache_utils
+
+    if backend == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no fp8 cache")
+    if backend != "fp8":
+        module = {"quanto": "optimum.quanto", "hqq": "hqq.core.quantize"}[backend]
+        pytest.importorskip(module)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    config = model.config
+    plan = CachePlan.uniform(config, bits, bits)
+    if backend == "fp8":
+        plan = build_method("fp8").plan(config)
+    arguments = generation_arguments(plan)
+    assert arguments["cache_config"]["backend"] == backend
+    made = model.generate(
+        torch.arange(1, 8)[None], **arguments, max_new_tokens=5, min_new_tokens=5, do_sample=False
+    )
+    assert made.shape == (1, 12)
 
 
 def test_transformers_refuses_what_its_cache_refuses():

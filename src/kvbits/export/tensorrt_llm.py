@@ -1,4 +1,4 @@
-"""TensorRT-LLM: one format for the model, in a file of options."""
+"""TensorRT-LLM: one format for the model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ class TensorRTLLM(WholeModel):
     checked: ClassVar = "TensorRT-LLM 1.3 documentation"
     exact: ClassVar = both("auto", EXACT_SIDE)
     formats: ClassVar = (both("fp8", FP8_SIDE), both("nvfp4", NVFP4_SIDE))
-    notes: ClassVar = (f"pass it as `trtllm-serve MODEL --extra_llm_api_options {FILE}`",)
+    notes: ClassVar = (
+        f"{FILE} is for `trtllm-serve MODEL --config {FILE}`, before that option "
+        "--extra_llm_api_options",
+    )
 
     def settings(self, formats: Sequence[Format], plan: CachePlan) -> Settings:
-        options = {"kv_cache_config": {"dtype": self.only(formats, plan).name}}
-        return Settings(files={FILE: yaml.safe_dump(options)})
+        name = self.only(formats, plan).name
+        options = {"kv_cache_config": {"dtype": name}}
+        return Settings(("--kv_cache_dtype", name), {FILE: yaml.safe_dump(options)})
 
     def notes_on(self, formats: Sequence[Format], plan: CachePlan) -> list[str]:
         name = self.only(formats, plan).name

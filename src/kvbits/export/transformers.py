@@ -13,14 +13,15 @@ from kvbits.export.whole_model import WholeModel
 from kvbits.plan import CachePlan
 
 FILE = "generation_config.json"
-GROUP_SIZE = 64  # transformers' default
-LAST_AXIS = 1  # hqq's name for groups along the channels
+CHANNEL_AXIS = {"hqq": 1, "quanto": 0}  # what each calls groups along the channels
+# hqq packs fewer bits across tokens and fails at lengths that leave a rest.
+BACKENDS = {8: "hqq", 4: "quanto", 2: "quanto"}
+GROUP_SIZES = (64, 32)
 
 
-def _hqq(bits: int) -> Format:
-    # Its 3 bits fail at some lengths, so they are not offered.
-    side = SideFormat(bits, "affine", parameter_bits=32, group_size=GROUP_SIZE)
-    return both(f"hqq {bits}", side)
+def _integers(bits: int, group_size: int) -> Format:
+    side = SideFormat(bits, "affine", parameter_bits=32, group_size=group_size)
+    return both(f"{BACKENDS[bits]} {bits} in {group_size}", side)
 
 
 class Transformers(WholeModel):
@@ -29,7 +30,11 @@ class Transformers(WholeModel):
     name: ClassVar = "transformers"
     checked: ClassVar = "transformers 5.23.0"
     exact: ClassVar = both("dynamic", EXACT_SIDE)
-    formats: ClassVar = (_hqq(8), _hqq(4), _hqq(2), both("fp8", FP8_SIDE))
+    formats: ClassVar = (
+        *(_integers(bits, group_size) for bits in BACKENDS for group_size in GROUP_SIZES),
+        both("fp8", FP8_SIDE),
+    )
+    offers: ClassVar = "fp8; 2 and 4 (quanto), 8 bits (hqq), in groups of 64 or 32 channels"
     notes: ClassVar = (
         f"model.generate(..., **json.load(open({FILE!r}))) uses it",
         "it encodes the whole cache again whenever the residual is full, and decodes all of it "
@@ -50,23 +55,24 @@ class Transformers(WholeModel):
 
     def losses(self, formats: Sequence[Format], plan: CachePlan) -> list[str]:
         losses = window_losses(plan)
-        if _residual_length(plan) and self.only(formats, plan).name.startswith("hqq"):
+        if _residual_length(plan) and self.only(formats, plan).name != "fp8":
             losses = [loss for loss in losses if "newest" not in loss]
             losses.append("the residual is empty again whenever it is packed")
         return losses
 
 
 def _arguments(name: str, plan: CachePlan) -> dict[str, Any]:
-    backend, _, bits = name.partition(" ")
+    backend, *sizes = name.replace(" in ", " ").split()
     if backend == "dynamic":
         return {"cache_implementation": "dynamic"}
     config: dict[str, Any] = {"backend": backend}
-    if bits:
+    if sizes:
+        bits, group_size = map(int, sizes)
         config |= {
-            "nbits": int(bits),
-            "axis_key": LAST_AXIS,
-            "axis_value": LAST_AXIS,
-            "q_group_size": GROUP_SIZE,
+            "nbits": bits,
+            "axis_key": CHANNEL_AXIS[backend],
+            "axis_value": CHANNEL_AXIS[backend],
+            "q_group_size": group_size,
             "residual_length": max(1, _residual_length(plan)),
         }
     return {"cache_implementation": "quantized", "cache_config": config}
