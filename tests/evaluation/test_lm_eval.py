@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,8 +53,10 @@ def answers(loaded):
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory, answers):
     """Three tasks, one for each kind of request of the harness."""
+    import datasets
+
     folder = tmp_path_factory.mktemp("tasks")
-    os.environ.setdefault("HF_DATASETS_CACHE", str(folder / "cache"))
+    datasets.config.HF_DATASETS_CACHE = str(folder / "cache")  # not the user's
     rows = [
         {"prompt": prompt, "answer": answer, "choices": CHOICES, "text": prompt + answer}
         for prompt, answer in zip(PROMPTS, answers, strict=True)

@@ -97,6 +97,9 @@ class KVBitsLM(HFLM):  # type: ignore[misc]
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Generate on a new cache; arguments as the harness's."""
+        if self.plan is None:
+            exact: torch.Tensor = super()._model_generate(*args, **kwargs)
+            return exact
         cache = new_cache(self.model, self.plan, quantize_prefill=self.quantize_prefill)
         with attention_for(self.model, self.plan):
             made: torch.Tensor = super()._model_generate(*args, past_key_values=cache, **kwargs)

@@ -66,7 +66,7 @@ class Export(NamedTuple):
 
 
 class Engine(ABC):
-    """An engine that kvbits exports to; classes are never instantiated with state.
+    """An engine that kvbits exports to; it holds no state.
 
     Attributes:
         name: What users call it.
