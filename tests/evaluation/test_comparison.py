@@ -105,8 +105,8 @@ def test_samples_of_the_harness_are_read():
         "filtered_resps": ["42"],
     }
     (read,) = from_harness({"task": [logged]})
-    assert read.metrics == {"exact_match": 1.0, "word_perplexity": -3.0}
-    assert read.weights == {"word_perplexity": 10.0}
+    assert read.metrics == {"exact_match": 1.0, "log-likelihood (word_perplexity)": -3.0}
+    assert read.weights == {"log-likelihood (word_perplexity)": 10.0}
     assert read.response == "42"
 
 

@@ -243,7 +243,7 @@ def test_two_runs_are_compared_example_by_example(results):
     scores = [s["exact_match"] for s in results["K2V2"]["samples"]["local_generate"]]
     assert generated.lost == tuple(i for i, score in enumerate(scores) if score == 0)
     assert generated.gained == ()
-    text = rows["local_text", "word_perplexity"]
+    text = rows["local_text", "log-likelihood (word_perplexity)"]
     assert text.gained is None
     # what the harness reports is exp of minus the weighted mean
     for value, name in ((text.first, "full"), (text.second, "K2V2")):

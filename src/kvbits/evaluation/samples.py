@@ -26,8 +26,8 @@ class Sample(BaseModel):
         doc_id: Number of the example in its split.
         doc_hash: Hash of the example, so that another one of that number is told apart.
         prompt_hash: Hash of the prompt, few-shot examples included.
-        metrics: Its score by every metric; for a sum over words or tokens, the mean of it.
-        weights: By metric: words or tokens behind such a mean.
+        metrics: Its score by every metric; of perplexities, the mean log-likelihood behind it.
+        weights: By metric: words or bytes behind such a mean.
         response: What was answered, where something was generated.
     """
 
@@ -59,7 +59,8 @@ def _sample(task: str, entry: Mapping[str, Any]) -> Sample:
         value = entry[name]
         if isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_finite, value)):
             total, weight = map(float, value)
-            if weight > 0:
+            if weight > 0:  # perplexities: what is logged is a log-likelihood and a count
+                name = f"log-likelihood ({name})"
                 metrics[name], weights[name] = total / weight, weight
         elif _is_finite(value):
             metrics[name] = float(value)
