@@ -32,6 +32,7 @@ RANKS = {
     "calibration": 8,
     "methods": 9,
     "evaluation": 10,
+    "export": 11,
     "generation": 11,
     "tuning": 11,
     "report": 11,
@@ -181,7 +182,9 @@ def test_importing_kvbits_loads_nothing_heavy():
     assert heavy_modules_after("import kvbits") == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["tune", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["tune", "--help"], ["eval", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "from kvbits.cli import main\nimport sys\n"

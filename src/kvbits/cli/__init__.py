@@ -15,8 +15,10 @@ import typer
 from kvbits._version import __version__
 from kvbits.cli import bench
 from kvbits.cli.evaluate import evaluate
+from kvbits.cli.export import export
 from kvbits.cli.failures import OneLineGroup
 from kvbits.cli.generate import generate
+from kvbits.cli.harness import compare_evals, eval_
 from kvbits.cli.inspect import inspect
 from kvbits.cli.methods import calibrate, methods
 from kvbits.cli.report import report
@@ -49,8 +51,10 @@ def _root(
     """Options of the command itself."""
 
 
-for command in (inspect, methods, calibrate, tune, generate, evaluate, report):
+for command in (inspect, methods, calibrate, tune, generate, evaluate, report, export):
     app.command()(command)
+app.command("eval")(eval_)
+app.command()(compare_evals)
 app.add_typer(bench.app, name="bench")
 
 

@@ -89,3 +89,17 @@ def paired_mean_difference(
     sums = [(x - y) * n for x, y, n in zip(a, b, counts, strict=True)]
     mean, error = clustered_mean(sums, counts)
     return Difference(mean, mean - Z95 * error, mean + Z95 * error)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Return the p-value of McNemar's exact test: two-sided, on the problems where two disagree.
+
+    If neither is better, each of them falls to either with probability 1/2.
+
+    Args:
+        only_a: problems that only one of the two solves.
+        only_b: problems that only the other solves.
+    """
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)

@@ -64,12 +64,9 @@ def read(record: Any, folder: Path | None) -> Arrays:
         PlanError: If the field is malformed, or the file is missing, a link, damaged or another,
             or holds what no codec can.
     """
-    if record is None:
+    named = parse(record)
+    if named is None:
         return Arrays({})
-    try:
-        named = _RECORD.validate_python({FIELD: record})[FIELD]
-    except ValidationError as error:
-        raise PlanError(one_sentence(error)) from None
     if folder is None:
         raise PlanError(
             f"{FIELD}.file must lie beside the plan, got {named.file!r} and the text of a plan "
@@ -89,6 +86,20 @@ def read(record: Any, folder: Path | None) -> Arrays:
         return Arrays(load(content))
     except (SafetensorError, KeyError, ValueError) as error:
         raise PlanError(f"{FIELD}.file must hold arrays, got {named.file}: {error}") from None
+
+
+def parse(record: Any) -> ArraysFile | None:
+    """Parse the ``arrays`` field of a plan strictly; None where there is none.
+
+    Raises:
+        PlanError: If it is malformed.
+    """
+    if record is None:
+        return None
+    try:
+        return _RECORD.validate_python({FIELD: record})[FIELD]
+    except ValidationError as error:
+        raise PlanError(one_sentence(error)) from None
 
 
 def check_all_used(arrays: Arrays) -> None:

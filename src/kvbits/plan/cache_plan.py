@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +18,7 @@ from kvbits.codecs.base import Width
 from kvbits.errors import PlanError
 from kvbits.geometry import ModelGeometry, num_cache_layers
 from kvbits.layer_plan import LayerPlan
-from kvbits.plan import arrays, files, fitting, kvtuner, loading, modes, summary
+from kvbits.plan import arrays, files, fitting, hub, kvtuner, loading, modes, summary
 from kvbits.plan.modes import EXACT_BITS, Mode, Pair, Settings
 from kvbits.plan.provenance import Metric, Provenance
 
@@ -253,6 +254,58 @@ class CachePlan(BaseModel):
         """
         mode = self.provenance.mode if self.provenance else None
         files.write_text(Path(path), kvtuner.write(self.layers, self.model, mode))
+
+    # ----- the Hugging Face hub
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Commit ``plan.json`` and a generated card, ``README.md``, to a model repository.
+
+        Args:
+            repo_id: ``owner/name``; the repository is made if it does not exist.
+            private: Whether a new repository is private; None is the account's default.
+            token: Access token; None is the one of ``hf auth login``.
+            endpoint: Server to use in place of ``HF_ENDPOINT``, or of the hub itself.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            PlanError: If the hub refuses or cannot be reached.
+        """
+        return hub.push(self, repo_id, private=private, token=token, endpoint=endpoint)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> CachePlan:
+        """Read the plan of a repository, as strictly as ``load``.
+
+        Args:
+            repo_id: ``owner/name``.
+            revision: Branch, tag or commit; name a commit to get the same plan every time.
+            token: As for ``push_to_hub``.
+            endpoint: As for ``push_to_hub``.
+
+        Raises:
+            PlanError: If it cannot be fetched, or is not a valid plan.
+        """
+        with TemporaryDirectory() as folder:
+            fetched = hub.pull(
+                repo_id, Path(folder), revision=revision, token=token, endpoint=endpoint
+            )
+            return cls.load(fetched)
 
     # ----- use
 

@@ -1,0 +1,110 @@
+"""What became of every example of a task: the records behind a score."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvbits.errors import RecordError
+from kvbits.evaluation.jsonl import read_json_lines
+from kvbits.plan.files import write_text
+
+MAX_RESPONSE_CHARACTERS = 20_000
+
+
+class Sample(BaseModel):
+    """One example of a task, scored.
+
+    Args:
+        task: Name of the task.
+        filter: The harness's name for how the answer was read; one example may be read in several.
+        doc_id: Number of the example in its split.
+        doc_hash: Hash of the example, so that another one of that number is told apart.
+        prompt_hash: Hash of the prompt, few-shot examples included.
+        metrics: Its score by every metric; of perplexities, the mean log-likelihood behind it.
+        weights: By metric: words or bytes behind such a mean.
+        response: What was answered, where something was generated.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    task: str = Field(min_length=1)
+    filter: str
+    doc_id: int = Field(ge=0)
+    doc_hash: str
+    prompt_hash: str
+    metrics: dict[str, float]
+    weights: dict[str, float] = Field(default_factory=dict)
+    response: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What tells it from the others of a run."""
+        return self.task, self.filter, self.doc_id
+
+
+def from_harness(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Sample]:
+    """Read the samples that lm-evaluation-harness logs, by task."""
+    return [_sample(task, entry) for task, entries in samples.items() for entry in entries]
+
+
+def _sample(task: str, entry: Mapping[str, Any]) -> Sample:
+    metrics, weights = {}, {}
+    for name in entry["metrics"]:
+        value = entry[name]
+        if isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_finite, value)):
+            total, weight = map(float, value)
+            if weight > 0:  # perplexities: what is logged is a log-likelihood and a count
+                name = f"log-likelihood ({name})"
+                metrics[name], weights[name] = total / weight, weight
+        elif _is_finite(value):
+            metrics[name] = float(value)
+    answers = entry["filtered_resps"]
+    text = answers[0] if len(answers) == 1 and isinstance(answers[0], str) else None
+    return Sample(
+        task=task,
+        filter=str(entry["filter"]),
+        doc_id=int(entry["doc_id"]),
+        doc_hash=str(entry["doc_hash"]),
+        prompt_hash=str(entry["prompt_hash"]),
+        metrics=metrics,
+        weights=weights,
+        response=None if text is None else text[:MAX_RESPONSE_CHARACTERS],
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError):
+        return False
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """Write samples, one a line, whole or not at all."""
+    write_text(path, "".join(f"{sample.model_dump_json()}\n" for sample in samples))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read samples strictly.
+
+    Raises:
+        RecordError: If a line is not a sample.
+    """
+    return [_parsed(path, i, value) for i, value in enumerate(read_json_lines(path), start=1)]
+
+
+def _parsed(path: Path, number: int, value: dict[str, Any]) -> Sample:
+    try:
+        return Sample.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the line"
+        raise RecordError(
+            f"{path}:{number} {where} must be valid, got {first['msg'].lower()}"
+        ) from error
