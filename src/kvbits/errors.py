@@ -5,6 +5,7 @@ KVBitsError
 ├── UnsupportedModelError    the model has layers or shapes kvbits cannot handle
 ├── KernelUnavailableError   the requested implementation cannot run here
 ├── CalibrationError         calibration data or states are unusable
+├── PolicyError              a replay policy raised an exception or returned what it must not
 └── RecordError              a stored record or run directory is damaged or from another run
 
 Bad arguments are plain ``ValueError`` and ``TypeError``.
@@ -31,6 +32,10 @@ class KernelUnavailableError(KVBitsError):
 
 class CalibrationError(KVBitsError):
     """Calibration text is too short, or the captured states are not finite."""
+
+
+class PolicyError(KVBitsError):
+    """A hook of a replay policy raised an exception, or returned what it must not."""
 
 
 class RecordError(KVBitsError):

@@ -19,6 +19,7 @@ from kvbits.cli.failures import OneLineGroup
 from kvbits.cli.generate import generate
 from kvbits.cli.inspect import inspect
 from kvbits.cli.methods import calibrate, methods
+from kvbits.cli.replay import replay, replay_parse
 from kvbits.cli.report import report
 from kvbits.cli.tune import tune
 
@@ -49,8 +50,9 @@ def _root(
     """Options of the command itself."""
 
 
-for command in (inspect, methods, calibrate, tune, generate, evaluate, report):
+for command in (inspect, methods, calibrate, tune, generate, evaluate, replay, report):
     app.command()(command)
+app.command("replay-parse")(replay_parse)
 app.add_typer(bench.app, name="bench")
 
 
