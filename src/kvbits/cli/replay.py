@@ -1,4 +1,4 @@
-"""``kvbits replay`` and ``kvbits replay-parse``: measure a policy of your own; read what it says."""
+"""``kvbits replay`` and ``kvbits replay-parse``: measure a cache policy; read the output."""
 
 from __future__ import annotations
 

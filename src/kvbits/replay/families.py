@@ -200,7 +200,7 @@ def quantize_rows(rows: Tensor, codec: Codec, outliers_ratio: float = 0.0) -> in
 
 
 def outliers(rows: Tensor, ratio: float) -> Tensor:
-    """Which entries of ``[..., values]`` are outliers of their row: QAQ's ranks, from both ends."""
+    """Which entries of ``[..., values]`` are outliers of their row, by QAQ's ranks."""
     count = rows.shape[-1]
     low = min(max(math.ceil(ratio / 2 * count), 1), count)
     high = min(max(math.floor((1 - ratio / 2) * count), 1), count)

@@ -65,7 +65,7 @@ def _module(path: Path) -> ModuleType:
 
 
 def _class_of(module: ModuleType, name: str) -> type:
-    """The class of that name, or the only one the file defines that is a policy by base or name."""
+    """The class of that name, or the only one of the file that is a policy, by base or name."""
     own = [
         found
         for found in vars(module).values()
