@@ -20,7 +20,7 @@ from kvbits.layer_plan import HeadGroup, LayerPlan
 from kvbits.plan import CachePlan
 from kvbits.replay.harness import ExampleResult, Workload
 from kvbits.replay.hooks import EXACT_BITS
-from kvbits.replay.model import next_logits
+from kvbits.replay.model import cache_of, entries_of, next_logits
 from kvbits.replay.settings import TensorSettings
 from kvbits.replay.slices import Example
 
@@ -67,19 +67,34 @@ def packed_choices(
     """What the packed cache chooses after each token the replay fed.
 
     Flushes wait until a step is over, so that a token meets the cache as the replay shows it: what
-    was packed before the token came.
+    was packed before the token came. In teacher mode the entries of a token are those of the exact
+    run, as in the replay; in free mode they are the packed run's own, as when it is deployed.
     """
     model = workload.model
-    cache = plan.new_cache(model, impl="reference")
+    cache, exact = plan.new_cache(model, impl="reference"), cache_of([])
+    is_teacher = workload.mode == "teacher"
     choices = []
-    with enable(model):
+    for layer in cache.packed_layers.values():
+        layer.is_recording = True
+    for ids in (workload.ids(example), *([step.token] for step in result.steps)):
+        with enable(model):
+            choices.append(int(next_logits(model, ids, cache).argmax()))
+        if is_teacher:
+            next_logits(model, ids, exact)
+        if is_teacher and len(choices) > 1:
+            _replace_newest(cache, exact)
         for layer in cache.packed_layers.values():
-            layer.is_recording = True
-        next_logits(model, workload.ids(example), cache)
-        for step in result.steps:
-            cache.crop(0)
-            choices.append(int(next_logits(model, [step.token], cache).argmax()))
-    return choices
+            layer.crop(0)  # lets flushes happen
+    return choices[1:]
+
+
+def _replace_newest(cache: Any, exact: Any) -> None:
+    """Put the exact run's newest entries in the place of the packed run's."""
+    cache.crop(-1)
+    newest = [x[:, :, -1:] for x in entries_of(exact)]
+    half = len(newest) // 2
+    for layer, (key, value) in enumerate(zip(newest[:half], newest[half:], strict=True)):
+        cache.update(key, value, layer)
 
 
 def plan_of(result: ExampleResult, config: Any) -> CachePlan:
