@@ -20,6 +20,7 @@ from kvbits.replay.harness import ExampleResult, Workload, replay_example
 from kvbits.replay.metrics import summarise
 from kvbits.replay.model import cache_of, check_model, next_logits
 from kvbits.replay.packed import Agreement, run_packed
+from kvbits.replay.scoring import score
 
 Progress = Callable[[], None]
 LoadModel = Callable[[], tuple[Any, Any]]  # model and tokenizer; of a module, so that it pickles
@@ -31,7 +32,7 @@ class Outcome(NamedTuple):
     Attributes:
         workload: What was replayed.
         examples: Its examples, in order.
-        metrics: See ``metrics.summarise``.
+        metrics: See ``metrics.summarise``; ``task_score`` (0 to 100) too where text was free.
         agreement: With the packed cache, where it was asked for.
     """
 
@@ -70,6 +71,10 @@ def replay_slice(
             if progress is not None:
                 progress()
     metrics = summarise(found, workload.budget_bits)
+    if workload.mode == "free":
+        pairs = zip(workload.slice.examples, found, strict=True)
+        scores = [score(example, result.text) for example, result in pairs]
+        metrics["task_score"] = sum(scores) / len(scores)
     agreement = run_packed(workload, found) if packed else None
     return Outcome(workload, tuple(found), metrics, agreement)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from kvbits.replay.slices import Example
 
@@ -49,7 +49,7 @@ def contains(text: str, answer: str) -> float:
 def last_number(text: str, answer: str) -> float:
     """Whether the boxed number, or else the last one, is the answer."""
     boxed = _BOXED.findall(text)
-    found: Sequence[str] = _NUMBER.findall(boxed[-1] if boxed else text)
+    found = _NUMBER.findall(boxed[-1] if boxed else text)
     return 100.0 * (bool(found) and _value(found[-1]) == _value(answer))
 
 
