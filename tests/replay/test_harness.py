@@ -7,14 +7,14 @@ import functools
 import pytest
 import torch
 from replay_helpers import load_tiny, short_slice
+from transformers import DynamicCache
 
 from kvbits.errors import PolicyError, UnsupportedModelError
 from kvbits.replay.harness import replay_example
+from kvbits.replay.metrics import TIMES
 from kvbits.replay.model import Queries, cache_of, entries_of, next_logits, watched_queries
 from kvbits.replay.run import replay_slice, trace_of
 from kvbits.testing import tiny_model
-
-TIMES = ("prefill_latency_ms", "decode_tokens_per_s", "calibration_cost_s")
 
 
 def comparable(outcome):
@@ -48,6 +48,20 @@ def test_a_cache_of_clones_gives_the_same_logits(tiny):
     restored = next_logits(model, [5], cache_of(entries))
     assert torch.equal(restored, next_logits(model, [5], cache))
     assert entries[0].shape[2] == 60  # clones do not grow with the cache
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
+@torch.no_grad()
+def test_sliding_layers_mask_what_they_no_longer_see(family):
+    """Entries are kept beyond the window of 16, and the step sees none of them."""
+    model, ids = tiny_model(family), list(range(40))
+    cache, stock = cache_of([]), DynamicCache(config=model.config)
+    next_logits(model, ids, cache)
+    next_logits(model, ids, stock)
+    restored = next_logits(model, [7], cache_of(entries_of(cache)))
+    torch.testing.assert_close(
+        restored, next_logits(model, [7], stock), rtol=1e-4, atol=1e-5
+    )  # float32 sums over more, masked, tokens
 
 
 def test_the_reference_is_greedy_decoding(tiny, workload):

@@ -5,7 +5,9 @@ They are ordinary policies: nothing here that a file of yours could not do.
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from kvbits.replay.policy import AdaptiveQuantPolicy
@@ -113,50 +115,49 @@ class TunedPlan(AdaptiveQuantPolicy):
     residual together, the replay lets values leave one by one, so a few more of them are packed.
 
     Args:
-        path: The plan.
+        path: The plan; the run has checked it against the model before it is read here.
     """
 
     def __init__(self, path: str) -> None:
-        from kvbits.plan import CachePlan
+        # Read as data: CachePlan would load torch, which this process has no use for.
+        self._layers: list[Meta] = json.loads(Path(path).read_text())["layers"]
 
-        self._layers = CachePlan.load(path).layers
-
-    def _codec(self, layer_id: int, kv_kind: str, head: int = 0) -> Any:
-        groups = self._layers[layer_id].groups
-        group = next(each for each in groups if each.heads is None or head in each.heads)
-        codec = group.key if kv_kind == "key" else group.value
-        if codec.kind not in ("affine", "identity"):
-            raise ValueError(f"plan must have affine or exact layers, got {codec.kind}")
+    def _codec(self, layer_id: int, kv_kind: str, head: int = 0) -> Meta:
+        groups = self._layers[layer_id]["groups"]
+        group = next(each for each in groups if each["heads"] is None or head in each["heads"])
+        codec: Meta = group[kv_kind]
+        if codec["kind"] not in ("affine", "identity"):
+            raise ValueError(f"plan must have affine or exact layers, got {codec['kind']}")
         return codec
 
     def choose_bits(
         self, layer_id: int, kv_kind: str, head_group: int, token_stats: Meta, budget_state: Meta
     ) -> int:
-        return int(self._codec(layer_id, kv_kind, head_group).bits)
+        codec = self._codec(layer_id, kv_kind, head_group)
+        return codec["bits"] if codec["kind"] == "affine" else 16
 
     def choose_axis(self, layer_id: int, kv_kind: str) -> str:
-        granularity = getattr(self._codec(layer_id, kv_kind), "granularity", "per_token")
+        granularity = self._codec(layer_id, kv_kind).get("granularity")
         return "channel" if granularity == "per_channel" else "token"
 
     def residual_length(self, layer_id: int, request_meta: Meta) -> int:
-        return int(self._layers[layer_id].residual_length)
+        return self._layers[layer_id]["residual_length"]
 
     def quantizer_family(self, layer_id: int, kv_kind: str, request_meta: Meta) -> str:
-        is_kivi = self._layers[layer_id].flush == "independent"
+        is_kivi = self._layers[layer_id]["flush"] == "independent"
         return "kivi" if is_kivi and self.choose_axis(layer_id, "key") == "channel" else "minmax"
 
     def group_size(self, layer_id: int, kv_kind: str, request_meta: Meta) -> int:
-        size = getattr(self._codec(layer_id, kv_kind), "group_size", None)
-        return int(size or request_meta["head_dim"])
+        return self._codec(layer_id, kv_kind).get("group_size") or request_meta["head_dim"]
 
     def sink_tokens(self, layer_id: int, kv_kind: str, request_meta: Meta) -> int:
-        return int(self._layers[layer_id].sink_tokens)
+        return self._layers[layer_id]["sink_tokens"]
 
     def clip_ratio(self, layer_id: int, kv_kind: str, request_meta: Meta) -> float:
-        return float(getattr(self._codec(layer_id, kv_kind), "clip_ratio", 1.0))
+        return self._codec(layer_id, kv_kind).get("clip_ratio", 1.0)
 
     def symmetric(self, layer_id: int, kv_kind: str, request_meta: Meta) -> bool:
-        return bool(getattr(self._codec(layer_id, kv_kind), "symmetric", False))
+        return self._codec(layer_id, kv_kind).get("symmetric", False)
 
 
 BUILT_IN: dict[str, type[AdaptiveQuantPolicy]] = {

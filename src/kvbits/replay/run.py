@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvbits.evaluation.records import library_versions
+from kvbits.plan import CachePlan
 from kvbits.plan.files import write_text
 from kvbits.replay.harness import ExampleResult, Workload, replay_example
 from kvbits.replay.metrics import summarise
@@ -61,9 +62,12 @@ def replay_slice(
 
     Raises:
         PolicyError: If a hook fails.
+        PlanError: If the policy is a plan, and not one for this model.
         UnsupportedModelError: If the model's cache cannot be replayed.
     """
     check_model(workload.model)
+    if workload.policy.endswith(".json"):
+        CachePlan.load(workload.policy).check(workload.model.config)
     found = []
     with _results(workload, num_workers, load_model) as results:
         for result in results:
