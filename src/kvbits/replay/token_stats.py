@@ -61,6 +61,8 @@ def _outlier(largest: Tensor) -> Tensor:
 def _probe(x: Tensor, settings: TensorSettings, bits: int) -> Tensor:
     """Relative error of every head on its own, min-max on the axis and groups of the plan."""
     plain = settings._replace(clip_ratio=1.0, symmetric=False, outliers_ratio=0.0)
-    decoded = torch.cat([_PROBE.quantize(head[None], plain, [bits]).states for head in x])
+    # Groups along a token would span heads: as tokens of one head, they do not.
+    rows = x if plain.choose_axis == "channel" else x.flatten(0, 1)[None]
+    decoded = _PROBE.quantize(rows, plain, [bits] * len(rows)).states.view_as(x)
     error = torch.linalg.vector_norm(x - decoded, dim=(1, 2))
     return error / torch.linalg.vector_norm(x, dim=(1, 2)).clamp_min(LEAST_NORM)
