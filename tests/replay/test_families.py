@@ -179,7 +179,7 @@ def test_one_bit_needs_an_offset():
 
 def test_token_units_need_layers_that_agree():
     plan = settings(quantizer_family="qaq", quantization_level="token")
-    check_settings([plan, plan._replace(layer_id=1)], 64)
+    check_settings([plan, plan._replace(layer_id=1, choose_axis="channel")], 64)
     with pytest.raises(PolicyError, match=r"quantization_level .* layer 1 does not"):
         check_settings([plan, plan._replace(layer_id=1, outliers_ratio=0.01)], 64)
 

@@ -29,17 +29,19 @@ class Row(NamedTuple):
 
 
 def markdown_tables(path: str | Path) -> str:
-    """One table for each workload of a file of records, policies by their bits.
+    """One table for each workload of a file of records, policies by their bits; the last record of
+    a policy counts.
 
     Bold: no other policy has as few bits and as much quality (policies over the budget are left
     out of this).
     """
     records = read_json_lines(path)
     workloads = list(dict.fromkeys(record["workload"] for record in records))
-    return "\n\n".join(
-        _table(workload, [_row(each) for each in records if each["workload"] == workload])
-        for workload in workloads
-    )
+    tables = []
+    for workload in workloads:
+        rows = {each["policy"]: _row(each) for each in records if each["workload"] == workload}
+        tables.append(_table(workload, list(rows.values())))
+    return "\n\n".join(tables)
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:

@@ -36,7 +36,7 @@ class Qaq(Family):
     """``qaq``: every unit has its own bits, its range around its mean."""
 
     name = "qaq"
-    unread: ClassVar[dict[str, Any]] = {"group_size": 0, "clip_ratio": 1.0}
+    unread: ClassVar[dict[str, Any]] = {"clip_ratio": 1.0}
 
     def num_grouped(self, settings: TensorSettings, num_tokens: int) -> int:
         start, stop = self.quantizable(settings, num_tokens)

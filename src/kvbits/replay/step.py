@@ -65,13 +65,18 @@ def check_settings(settings: Sequence[TensorSettings], head_dim: int) -> list[Te
         tensors = [each for each in read if each.kv_kind == kind]
         spanning = [each for each in tensors if _spans_layers(each)]
         for each in tensors if spanning else []:
-            if each._replace(layer_id=0) != spanning[0]._replace(layer_id=0):
+            if _units(each) != _units(spanning[0]):
                 raise spanning[0].refuse(
                     "quantization_level",
                     f"be another unless all layers of the kind agree, and layer {each.layer_id} "
                     "does not",
                 )
     return read
+
+
+def _units(settings: TensorSettings) -> TensorSettings:
+    """What must agree where units span layers: all that qaq reads, so not axis and group size."""
+    return settings._replace(layer_id=0, choose_axis="token", group_size=0)
 
 
 def _spans_layers(settings: TensorSettings) -> bool:
