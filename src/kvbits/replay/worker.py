@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +120,7 @@ def main() -> None:
     os.dup2(2, 1)
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends this process when it stops
     random.seed(int(seed))
     try:
         policy = load(source)
