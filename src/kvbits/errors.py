@@ -6,6 +6,7 @@ KVBitsError
 ├── KernelUnavailableError   the requested implementation cannot run here
 ├── MissingLibraryError      an optional library is not installed
 ├── CalibrationError         calibration data or states are unusable
+├── PolicyError              a replay policy raised an exception or returned what it must not
 └── RecordError              a stored record or run directory is damaged or from another run
 
 Bad arguments are plain ``ValueError`` and ``TypeError``.
@@ -36,6 +37,10 @@ class MissingLibraryError(KVBitsError, ImportError):
 
 class CalibrationError(KVBitsError):
     """Calibration text is too short, or the captured states are not finite."""
+
+
+class PolicyError(KVBitsError):
+    """A hook of a replay policy raised an exception, or returned what it must not."""
 
 
 class RecordError(KVBitsError):

@@ -113,9 +113,9 @@ def generate(
     here = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
     with enable(model) if is_packed else nullcontext(), here:
         loop = _Loop(model, cache, sampling, stop_ids, pad_id, capture)
-        started = _now(model)
+        started = now(model)
         loop.prefill(input_ids, attention_mask, prefill_chunk, max_new_tokens)
-        prefilled = _now(model)
+        prefilled = now(model)
         made = loop.run(max_new_tokens, on_tokens)
         return made._replace(prefill_seconds=prefilled - started)
 
@@ -210,7 +210,7 @@ class _Loop:
         mailbox = _Mailbox(self.token) if on_tokens or self._stops else None
         if mailbox:
             mailbox.post()
-        started = _now(self.model)
+        started = now(self.model)
         while self._num_steps < max_new_tokens - 1:
             self._advance()
             self._num_steps += 1
@@ -219,7 +219,7 @@ class _Loop:
         else:
             if mailbox:
                 self._received(mailbox, on_tokens)
-        seconds = _now(self.model) - started - self._setup_seconds
+        seconds = now(self.model) - started - self._setup_seconds
         tokens = self.history[:, : self._num_wanted(self._num_steps + 1)]
         num_steps = self._num_steps - self._setup_steps
         if isinstance(self.cache, QuantizedCache):
@@ -294,9 +294,9 @@ class _Loop:
 
     def _set_up(self, act: Callable[[], None]) -> None:
         """Do what no steady step does, and keep its time apart."""
-        started = _now(self.model)
+        started = now(self.model)
         act()
-        self._setup_seconds += _now(self.model) - started
+        self._setup_seconds += now(self.model) - started
 
     def _capture(self, num_tokens: int) -> None:
         """Capture the next step, to be replayed until there are twice as many tokens."""
@@ -361,6 +361,14 @@ def draw(logits: Tensor, sampling: Sampling) -> Tensor:
     return (scores.softmax(-1) / noise).argmax(-1)
 
 
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, as the model's generation settings or its tokenizer name them."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
 def _padded(mask: Tensor, num_queries: int) -> dict[str, Tensor]:
     """Mask and positions of a padded chunk."""
     position = (mask.cumsum(-1) - 1).clamp_min(0)[:, -num_queries:]
@@ -382,7 +390,7 @@ def _check(input_ids: Tensor, cache: Any, max_new_tokens: int, sampling: Samplin
         )
 
 
-def _now(model: Any) -> float:
+def now(model: Any) -> float:
     """Seconds, once the device has caught up."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

@@ -21,6 +21,7 @@ from kvbits.cli.generate import generate
 from kvbits.cli.harness import compare_evals, eval_
 from kvbits.cli.inspect import inspect
 from kvbits.cli.methods import calibrate, methods
+from kvbits.cli.replay import replay, replay_parse
 from kvbits.cli.report import report
 from kvbits.cli.tune import tune
 
@@ -51,10 +52,11 @@ def _root(
     """Options of the command itself."""
 
 
-for command in (inspect, methods, calibrate, tune, generate, evaluate, report, export):
+for command in (inspect, methods, calibrate, tune, generate, evaluate, replay, report, export):
     app.command()(command)
 app.command("eval")(eval_)
 app.command()(compare_evals)
+app.command("replay-parse")(replay_parse)
 app.add_typer(bench.app, name="bench")
 
 

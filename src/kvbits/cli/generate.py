@@ -45,7 +45,7 @@ def generate(
     from transformers import TextStreamer
 
     from kvbits.cli.models import load_model
-    from kvbits.generation import Sampling
+    from kvbits.generation import Sampling, stop_ids
     from kvbits.generation import generate as decode
 
     cache_plan = _load_plan(plan)
@@ -63,7 +63,7 @@ def generate(
         cache,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature),
-        stop_ids=_stop_ids(loaded),
+        stop_ids=stop_ids(loaded.model, loaded.tokenizer),
         on_tokens=lambda tokens: streamer.put(torch.tensor(tokens)),
     )
     streamer.end()
@@ -112,14 +112,6 @@ def _new_cache(loaded: Loaded, plan: CachePlan | None, most_tokens: int) -> Any:
         return plan.new_cache(loaded.model, max_tokens=most_tokens)
     except UnsupportedModelError:  # recurrent layers, for one, have no pages to reserve
         return plan.new_cache(loaded.model)
-
-
-def _stop_ids(loaded: Loaded) -> list[int]:
-    """Tokens that end the text, as the model's generation settings name them."""
-    ids = loaded.model.generation_config.eos_token_id
-    if ids is None:
-        ids = loaded.tokenizer.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _account(loaded: Loaded, plan: CachePlan | None, cache: Any) -> str:

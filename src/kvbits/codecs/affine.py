@@ -101,10 +101,7 @@ class Affine(Grouped):
 
     def encode(self, states: Tensor, context: EncodeContext = NO_CONTEXT) -> Encoded:
         grouped = self.grouped(states.float())
-        low, high = grouped.aminmax(dim=-1, keepdim=True)
-        if self.clip_ratio != 1:
-            low, high = low * self.clip_ratio, high * self.clip_ratio
-        scale, offset = self._scale_and_offset(low, high)
+        scale, offset = self._fit(grouped)
         # A constant group has code 0, and the offset restores it.
         step = torch.where(scale == 0, 1.0, scale)
         if self.parameter_dtype == "float16":
@@ -113,7 +110,7 @@ class Affine(Grouped):
             steps = (grouped - offset) * (1.0 / step)
         else:
             steps = (grouped - offset) / step
-        codes = steps.round_().clamp_(0, self._top_code).to(torch.uint8)
+        codes = steps.round_().clamp_(0, self._top_code).to(self._code_dtype)
         parts = (scale,) if self.symmetric else (scale, offset)
         parameters = stored(torch.cat(parts, -1), PARAMETER_DTYPES[self.parameter_dtype])
         return Encoded(self._ungrouped(codes, states.shape[-2]), {"affine": parameters})
@@ -132,6 +129,17 @@ class Affine(Grouped):
     @property
     def _top_code(self) -> int:
         return 2 if self.bits == TERNARY_BITS else 2 ** int(self.bits) - 1
+
+    @property
+    def _code_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    def _fit(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored scale and offset of each group ``[..., values of the group]``, as float32."""
+        low, high = grouped.aminmax(dim=-1, keepdim=True)
+        if self.clip_ratio != 1:
+            low, high = low * self.clip_ratio, high * self.clip_ratio
+        return self._scale_and_offset(low, high)
 
     def _scale_and_offset(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Stored scale and offset of each group, as float32."""
