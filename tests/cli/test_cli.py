@@ -402,6 +402,8 @@ def test_tune_without_options_uses_the_settings_own_defaults(
         (["--task", "chess"], "tasks must be among arithmetic"),
         (["--widths", "5"], "widths must be among"),
         (["--widths", "few"], "--widths must be numbers such as 8,4,2"),
+        (["--candidates", "awq"], "candidates must be among per-token"),
+        (["--candidates", "kvarn", "--mode", "kivi"], "mode must not be given together with"),
         (["--text", "a.txt"], "text and heldout_text must be given together"),
     ],
 )

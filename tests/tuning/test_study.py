@@ -152,6 +152,7 @@ def test_front_holds_measured_rivals_of_every_kind(finished):
 def test_sizes_in_the_front_are_those_of_the_plans(finished, model):
     for point in finished["exact"].front["points"]:
         plan = CachePlan.from_pairs(model.config, point["pairs"])
+        assert point["labels"] == [f"K{key}V{value}" for key, value in point["pairs"]]
         assert point["effective_bits"] == pytest.approx(plan.effective_bits, rel=1e-5)
         assert point["effective_bits_at_context"] > 0
         if point["origin"] in ("exact", "random"):
@@ -220,6 +221,28 @@ def test_kivi_mode_counts_the_residual_at_a_context(model, tokenizer, data, tmp_
     assert result.plan.effective_bits_at(512) <= 5.5
     assert result.plan.effective_bits < result.plan.effective_bits_at(512)
     assert result.plan.layers[0].residual_length == 32
+
+
+def test_methods_are_mixed_calibrated_and_told_apart(model, tokenizer, data, tmp_path):
+    """Five layer plans a layer of two methods, one of which is fitted to the documents."""
+    fitted = "kvquant:block_tokens=8,levels=activations,is_pre_rope=false,sink_tokens=0"
+    settings = TuneSettings(
+        bits=7.0, candidates=(fitted, "per-token"), widths=(4, 2), task_n=0, random_plans=1
+    )
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    points = result.front["points"]
+    labels = {label for point in points for label in point["labels"]}
+    assert {"per-token K4V4", f"{fitted} K4V4"} <= labels
+    assert result.plan.effective_bits <= 7.0
+    assert result.plan.provenance.mode is None
+    chosen = next(point for point in points if point["chosen"])
+    for label, layer in zip(chosen["labels"], result.plan.layers, strict=True):
+        is_fitted = any(group.key.kind == "outliers" for group in layer.groups)
+        assert is_fitted == label.startswith("kvquant")
+    saved = {path.name for path in (tmp_path / "calibrated").iterdir()}
+    assert len(saved) == 2
+    again = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert again.plan == result.plan
 
 
 def test_weights_checksum_sees_one_changed_weight_and_no_order(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,16 @@ def tune(
     strategy: Annotated[
         Strategy, typer.Option(help="exact solves a programme; nsga2 measures every trial.")
     ] = Strategy.EXACT,
-    mode: Annotated[Mode, typer.Option(help="Where scales are shared.")] = Mode.PER_TOKEN,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Where scales are shared; default: per_token.")
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD[:NAME=VALUE,..]",
+            help="In place of a mode: a method a layer may be stored by; repeatable.",
+        ),
+    ] = None,
     objective: Annotated[
         Objective,
         typer.Option(help="sum: the domains' mean; minimax: the worst one; balanced: both."),
@@ -63,7 +73,8 @@ def tune(
     given = {
         "bits": bits,
         "strategy": strategy.value,
-        "mode": mode.value,
+        "mode": None if mode is None else mode.value,
+        "candidates": tuple(candidates) if candidates else None,
         "objective": objective.value,
         "seed": seed,
         "widths": parse_widths(widths),
@@ -73,8 +84,7 @@ def tune(
         "heldout_text": None if heldout_text is None else str(heldout_text),
         "trials": trials,
     }
-    name = f"{Path(model).name}-{mode.value}-{strategy.value}-{bits:g}"
-    run_dir = output or Path("runs") / name
+    run_dir = output or Path("runs") / _default_name(model, given)
     try:
         _tune(model, run_dir, device, dtype.value, given)
     except KeyboardInterrupt:
@@ -85,8 +95,15 @@ def tune(
     _print_result(model, run_dir)
 
 
-def parse_widths(text: str | None) -> tuple[int, ...] | None:
-    """Read ``8,4,2``.
+def _default_name(model: str, given: dict[str, Any]) -> str:
+    """``kvbits-tiny-kivi-exact-4``; settings of methods become a part that names can have."""
+    stored = given["candidates"] or (given["mode"] or Mode.PER_TOKEN.value,)
+    methods = "+".join(re.sub("[^A-Za-z0-9_-]+", "_", each) for each in stored)
+    return f"{Path(model).name}-{methods}-{given['strategy']}-{given['bits']:g}"
+
+
+def parse_widths(text: str | None) -> tuple[float, ...] | None:
+    """Read ``8,4,1.5``.
 
     Raises:
         ValueError: a part is no number.
@@ -94,9 +111,9 @@ def parse_widths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
         raise ValueError(f"--widths must be numbers such as 8,4,2, got {text!r}")
-    return tuple(int(part) for part in parts)
+    return tuple(float(part) if "." in part else int(part) for part in parts)
 
 
 def _tune(name: str, run_dir: Path, device: str, dtype: str, given: dict[str, Any]) -> None:

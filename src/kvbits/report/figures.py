@@ -88,8 +88,7 @@ def _add_measured(figure: Any, points: Sequence[Point], domain: str, column: int
 
 def _short_name(point: Point) -> str:
     """K4V2 for a uniform plan: the rest of its name stands in the legend."""
-    (key, value), *_ = point.pairs or ((0, 0),)
-    return f"K{key}V{value}"
+    return point.labels[0] if point.labels else ""
 
 
 def _add_predicted(figure: Any, points: Sequence[Point], domain: str, column: int) -> None:
@@ -204,7 +203,8 @@ def bits_figure(point: Point) -> Any:
                 cliponaxis=False,
                 name=name,
                 marker={"color": colour},
-                hovertemplate=f"layer %{{x}}: {name} %{{y}} bits<extra></extra>",
+                customdata=point.labels,
+                hovertemplate=f"layer %{{x}}: {name} %{{y}} bits, %{{customdata}}<extra></extra>",
             )
         )
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.05)

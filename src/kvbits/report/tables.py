@@ -177,11 +177,12 @@ def _kl_difference(item: PairedComparison) -> str:
 
 
 def layer_bits(point: Point) -> Table:
-    """Key and value width of every layer, layers across."""
+    """What every layer is stored as, layers across: widths, and methods if there are several."""
     header = ("layer", *(str(index) for index in range(len(point.pairs))))
     keys = ("keys", *(str(key) for key, _ in point.pairs))
     values = ("values", *(str(value) for _, value in point.pairs))
-    return Table(header, (keys, values))
+    methods = ("method", *(label.rpartition(" ")[0] for label in point.labels))
+    return Table(header, (keys, values, methods) if any(methods[1:]) else (keys, values))
 
 
 def sensitivities(run: Run) -> tuple[Table, ...]:

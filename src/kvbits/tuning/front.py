@@ -17,9 +17,9 @@ from kvbits.tuning.rivals import Entry
 from kvbits.tuning.sensitivity import Meter, rounded
 from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import Allocation
-from kvbits.tuning.verify import Pairs, Verifier
+from kvbits.tuning.verify import Labels, Verifier
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Findings(NamedTuple):
@@ -37,9 +37,13 @@ class Findings(NamedTuple):
     def meter(self) -> Meter:
         return self.verifier.meter
 
-    def pairs(self, plan: Allocation) -> Pairs:
-        """Return the plan's pair for every layer of the model."""
-        return tuple(self.meter.every_pair(self.problem.costs.pairs_of(plan.choice)))
+    def labels(self, plan: Allocation) -> Labels:
+        """Return the plan's label of every layer of the model."""
+        return self.meter.candidates.labels(plan.choice)
+
+    def plan(self, plan: Allocation) -> CachePlan:
+        """Return the plan that can be run."""
+        return self.meter.candidates.plan(plan.choice)
 
     def is_chosen(self, entry: Entry) -> bool:
         """Whether this is the plan the search chose (a rival may equal it)."""
@@ -61,6 +65,7 @@ def front_document(findings: Findings) -> dict[str, Any]:
         "context": settings.context or settings.report_context,
         "budget_counted_at": settings.context,
         "mode": settings.mode,
+        "candidates": list(settings.candidates),
         "strategy": settings.strategy,
         "objective": settings.objective,
         "budget_bits": settings.bits,
@@ -73,40 +78,40 @@ def front_document(findings: Findings) -> dict[str, Any]:
 
 
 def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
-    pairs = findings.pairs(entry.allocation)
-    plan = findings.meter.plan(pairs)
+    labels, plan = findings.labels(entry.allocation), findings.plan(entry.allocation)
     context = findings.settings.context or findings.settings.report_context
     predicted = entry.allocation.predicted_kl
-    measured = findings.verifier.kl(pairs)
+    measured = findings.verifier.kl(labels)
     return {
         "name": entry.name,
         "origin": entry.origin,
-        "pairs": [list(pair) for pair in pairs],
+        "labels": list(labels),
+        "pairs": [list(pair) for pair in plan.pairs],
         "effective_bits": rounded(plan.effective_bits),
         "effective_bits_at_context": rounded(plan.effective_bits_at(context)),
         "loss": rounded(entry.allocation.loss),
         "predicted_kl": dict(zip(findings.domains, map(rounded, predicted), strict=True)),
         "measured_kl": {d: {"value": r["kl_nats"], "se": r["kl_se"]} for d, r in measured.items()}
         or None,
-        "tasks": _tasks(findings, pairs) or None,
+        "tasks": _tasks(findings, labels) or None,
         "chosen": findings.is_chosen(entry),
     }
 
 
-def _full(findings: Findings) -> Pairs:
-    return findings.pairs(next(e.allocation for e in findings.entries if e.origin == "full"))
+def _full(findings: Findings) -> Labels:
+    return findings.labels(next(e.allocation for e in findings.entries if e.origin == "full"))
 
 
-def _tasks(findings: Findings, pairs: Pairs) -> dict[str, Any]:
+def _tasks(findings: Findings, labels: Labels) -> dict[str, Any]:
     verifier, full, found = findings.verifier, _full(findings), {}
     for name in verifier.tasks.names:
-        record = verifier.task(pairs, name)
+        record = verifier.task(labels, name)
         if record is None:
             continue
         found[name] = {"accuracy": record["accuracy"], "se": record["accuracy_se"]}
         found[name]["n"] = record["n"]
-        if pairs != full:
-            difference = verifier.task_difference(pairs, full, name)
+        if labels != full:
+            difference = verifier.task_difference(labels, full, name)
             found[name] |= {k: rounded(v) for k, v in difference._asdict().items()}
         else:
             found[name] |= {"difference": None, "low": None, "high": None}
@@ -115,13 +120,13 @@ def _tasks(findings: Findings, pairs: Pairs) -> dict[str, Any]:
 
 def _comparisons(findings: Findings) -> list[dict[str, Any]]:
     """The chosen plan's KL minus each rival's within the budget, paired by document."""
-    chosen = findings.pairs(findings.chosen)
+    chosen = findings.labels(findings.chosen)
     found = []
     for entry in findings.entries:
         is_rival = entry.origin in ("uniform", "ladder", "random")
         if not is_rival or not entry.fits(findings.settings.bits):
             continue
-        rival = findings.pairs(entry.allocation)
+        rival = findings.labels(entry.allocation)
         found += [
             {
                 "baseline": entry.name,
@@ -143,7 +148,7 @@ def plan_with_account(
     findings: Findings, calibration: Sequence[TokenSet], versions: Mapping[str, str]
 ) -> CachePlan:
     """Return the chosen plan with how it was made and what was measured on held-out data."""
-    pairs = findings.pairs(findings.chosen)
+    labels = findings.labels(findings.chosen)
     provenance = Provenance(
         method=findings.settings.strategy,
         mode=findings.settings.mode,
@@ -151,11 +156,11 @@ def plan_with_account(
         seed=findings.settings.seed,
         versions=dict(versions),
     )
-    metrics = [*_kl_metrics(findings, pairs), *_task_metrics(findings, pairs)]
-    return findings.meter.plan(pairs).with_provenance(provenance).with_metrics(metrics)
+    metrics = [*_kl_metrics(findings, labels), *_task_metrics(findings, labels)]
+    return findings.plan(findings.chosen).with_provenance(provenance).with_metrics(metrics)
 
 
-def _kl_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:
+def _kl_metrics(findings: Findings, labels: Labels) -> list[Metric]:
     return [
         Metric(
             name="kl_nats",
@@ -164,12 +169,12 @@ def _kl_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:
             dataset=dataset(findings.meter.token_sets[domain]),
             num_samples=record["n"],
         )
-        for domain, record in findings.verifier.kl(pairs).items()
+        for domain, record in findings.verifier.kl(labels).items()
     ]
 
 
-def _task_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:
-    records = {n: findings.verifier.task(pairs, n) for n in findings.verifier.tasks.names}
+def _task_metrics(findings: Findings, labels: Labels) -> list[Metric]:
+    records = {n: findings.verifier.task(labels, n) for n in findings.verifier.tasks.names}
     return [
         Metric(
             name=f"{name}_accuracy",

@@ -36,8 +36,8 @@ def refinement_candidates(problem: Problem, bits: float) -> list[Choice]:
     names: tuple[Objective, ...] = (problem.objective, "balanced", "minimax", "sum")
     objectives = [problem._replace(objective=name) for name in names]
     choices = [solve(variant, budget) for variant in objectives]
-    for family in (baselines.uniform(problem), baselines.ladders(problem)):
-        best = baselines.best(problem, family, bits)
+    uniform = baselines.best(problem, baselines.uniform(problem), bits)
+    for best in (uniform, baselines.best_ladder(problem, bits)):
         choices.append(best[1].choice if best is not None else None)
     return list(dict.fromkeys(choice for choice in choices if choice is not None))
 
@@ -85,7 +85,7 @@ def _record(problem: Problem, choice: Choice, domains: Sequence[Record]) -> dict
     kl_nats = [float(domain["kl_nats"]) for domain in domains]
     return {
         "choice": choice,
-        "pairs": problem.costs.pairs_of(choice),
+        "labels": problem.costs.labels(choice),
         "effective_bits": problem.costs.effective_bits(choice),
         "kl_nats": kl_nats,
         "document_kl_nats": [domain["document_kl_nats"] for domain in domains],

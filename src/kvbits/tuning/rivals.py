@@ -97,10 +97,9 @@ def _searched(
 
 
 def _ladders(problem: Problem, sizes: Iterable[float]) -> list[Entry]:
-    family = list(baselines.ladders(problem))
     found = {}
     for size in sizes:
-        best = baselines.best(problem, family, size)
+        best = baselines.best_ladder(problem, size)
         if best is not None:
             found[best[1].choice] = Entry(best[0], "ladder", best[1])
     return list(found.values())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kvbits.codecs.base import Width
 from kvbits.evaluation.corpora import SetSize
 from kvbits.evaluation.tasks import TASKS
 from kvbits.plan import MODES, WIDTHS
-from kvbits.tuning.tables import EXACT_BITS
+from kvbits.plan.modes import EXACT_BITS
+from kvbits.tuning.candidates import check_names
 
 _SIZES = SetSize()
 
@@ -20,8 +22,11 @@ class TuneSettings(BaseModel):
     Attributes:
         bits: Budget in effective bits: stored bits per value, metadata included.
         strategy: ``exact`` solves the additive model; ``nsga2`` measures every trial.
-        mode: ``per_token`` or ``kivi``.
-        widths: Candidate code widths; every pair of them is a candidate, and 16 for both sides.
+        mode: ``per_token`` or ``kivi``; None where ``candidates`` are given.
+        candidates: Methods to choose from in every layer, such as ``kvarn`` or
+            ``kivi:sink_tokens=4``; by default those of the mode alone.
+        widths: Candidate code widths; every pair of those a method has is a candidate, and 16 for
+            both sides.
         objective: What the search minimises of the domains' KLs, each relative to uniform plans
             of the same size: ``minimax`` the worst, ``sum`` the weighted mean, ``balanced`` the
             two together.
@@ -49,8 +54,9 @@ class TuneSettings(BaseModel):
 
     bits: float = Field(default=4.0, gt=0, le=EXACT_BITS)
     strategy: Literal["exact", "nsga2"] = "exact"
-    mode: Literal["per_token", "kivi"] = "per_token"
-    widths: tuple[int, ...] = (8, 4, 3, 2)
+    mode: Literal["per_token", "kivi"] | None = None
+    candidates: tuple[str, ...] = ()
+    widths: tuple[Width, ...] = (8, 4, 3, 2)
     objective: Literal["balanced", "minimax", "sum"] = "balanced"
     domain_weights: tuple[float, ...] | None = None
     context: int | None = Field(default=None, ge=1)
@@ -69,14 +75,28 @@ class TuneSettings(BaseModel):
     tasks: tuple[str, ...] = ("arithmetic",)
     task_n: int = Field(default=32, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_mode(cls, given: Any) -> Any:
+        if isinstance(given, dict) and not given.get("candidates") and not given.get("mode"):
+            return given | {"mode": MODES[0]}
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        packed = sorted(set(WIDTHS) - {EXACT_BITS})
-        for width in self.widths:
-            if width not in packed:
-                raise ValueError(f"widths must be among {packed}, got {width}")
         if not self.widths or len(set(self.widths)) < len(self.widths):
             raise ValueError(f"widths must be given, each once, got {self.widths}")
+        if self.candidates:
+            if self.mode:
+                raise ValueError(
+                    f"mode must not be given together with candidates, got {self.mode!r}; "
+                    "per-token and kivi are among the methods"
+                )
+            check_names(self.candidates, self.widths)
+        packed = sorted(set(WIDTHS) - {EXACT_BITS})
+        for width in () if self.candidates else self.widths:
+            if width not in packed:
+                raise ValueError(f"widths must be among {packed}, got {width}")
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"tasks must be among {', '.join(sorted(TASKS))}, got {task!r}")
@@ -85,7 +105,6 @@ class TuneSettings(BaseModel):
                 "text and heldout_text must be given together, got one of them; a plan must be "
                 "verified on text it was not tuned on, of the same kind"
             )
-        assert self.mode in MODES
         return self
 
     @property

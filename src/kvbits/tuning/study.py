@@ -18,6 +18,8 @@ from kvbits.evaluation.corpora import TokenSet, default_sets
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning import rivals
+from kvbits.tuning.calibrated import calibrating
+from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
 from kvbits.tuning.front import Findings, front_document, plan_with_account
@@ -35,7 +37,6 @@ from kvbits.tuning.tables import (
     Choice,
     CostTable,
     FloatArray,
-    candidate_pairs,
     sensitivity_table,
 )
 from kvbits.tuning.verify import TaskSettings, Verifier
@@ -54,6 +55,7 @@ class _Study(NamedTuple):
     tokenizer: Any
     settings: TuneSettings
     data: Data
+    candidates: Candidates
     costs: CostTable
     run: RunDir
     progress: Progress
@@ -84,13 +86,16 @@ def tune(
         ValueError: No plan fits the budget.
         UnsupportedModelError: The model has no layer that can be packed.
     """
-    costs = _costs(model, settings)
+    candidates = _candidates(model, settings)
+    costs = _costs(candidates, settings)
     data = data or default_data(tokenizer, settings)
     _check_weights(settings, data.calibration)
-    run = RunDir(run_dir)
-    study = _Study(model, tokenizer, settings, data, costs, run, progress or Silent())
+    run, progress = RunDir(run_dir), progress or Silent()
     with run.lock():
         run.check_identity(identity(model, settings, data))
+        make = calibrating(model, data.calibration, run=run, progress=progress)
+        candidates = _candidates(model, settings, make)
+        study = _Study(model, tokenizer, settings, data, candidates, costs, run, progress)
         findings = _verify(study, _search(study))
         document = front_document(findings)
         plan = plan_with_account(findings, data.calibration, versions())
@@ -108,15 +113,25 @@ def default_data(tokenizer: Any, settings: TuneSettings) -> Data:
     )
 
 
-def _costs(model: Any, settings: TuneSettings) -> CostTable:
+def _candidates(model: Any, settings: TuneSettings, make: MakePlan | None = None) -> Candidates:
+    """The study's candidates; without ``make``, those of calibrated methods have their size only.
+
+    Raises:
+        UnsupportedModelError: The model has no layer that can be packed.
+    """
     geometry = ModelGeometry.from_config(model.config)
     if not geometry.packable_layers:
         raise UnsupportedModelError(
             "model must have a full attention layer, the only kind that is packed, got "
             f"{geometry.architecture} with none"
         )
-    pairs = candidate_pairs(settings.widths)
-    costs = cost_table(geometry, pairs, settings.mode, context=settings.context)
+    if settings.mode is not None:
+        return of_mode(model.config, settings.mode, settings.widths)
+    return of_methods(model.config, settings.candidates, settings.widths, make)
+
+
+def _costs(candidates: Candidates, settings: TuneSettings) -> CostTable:
+    costs = cost_table(candidates, context=settings.context)
     smallest = costs.units.min(axis=1).sum() * costs.unit_bits / costs.num_values
     if smallest > settings.bits + 1e-9:
         raise ValueError(
@@ -143,13 +158,13 @@ class _Found(NamedTuple):
 
 def _search(study: _Study) -> _Found:
     settings, costs, run = study.settings, study.costs, study.run
-    meter = Meter(study.model, study.data.calibration, settings.mode)
-    error_records = profile_errors(meter, costs.pairs, run=run, progress=study.progress)
+    meter = Meter(study.model, study.data.calibration, study.candidates)
+    error_records = profile_errors(meter, run=run, progress=study.progress)
     table = sensitivity_table(
-        profile_kl(meter, settings.widths, run=run, progress=study.progress),
+        profile_kl(meter, run=run, progress=study.progress),
         domains=tuple(meter.token_sets),
-        widths=settings.widths,
-        layers=meter.layers,
+        sides=[option.label for option in study.candidates.sides],
+        layers=study.candidates.layers,
     )
     problem = build_problem(
         table,
@@ -159,7 +174,7 @@ def _search(study: _Study) -> _Found:
         weights=settings.domain_weights,
     )
     errors = np.array([record["e_o"] for record in error_records]).reshape(costs.units.shape)
-    space = _prune(meter, costs, errors, run)
+    space = _prune(study, errors)
     if settings.strategy == "nsga2":
         front = _evolve(study, meter, problem, space)
         return _Found(problem, front, _fitting(problem, front, settings))
@@ -168,7 +183,7 @@ def _search(study: _Study) -> _Found:
     chosen = refine(
         problem,
         refinement_candidates(problem, settings.bits),
-        lambda choice: meter.document_kl(costs.pairs_of(choice)),
+        meter.document_kl,
         run=run,
         progress=study.progress,
     )
@@ -187,23 +202,24 @@ def _fitting(problem: Problem, front: Sequence[Allocation], settings: TuneSettin
 
 def _evolve(study: _Study, meter: Meter, problem: Problem, space: nsga2.Space) -> list[Allocation]:
     def evaluate(choice: Choice) -> tuple[float, ...]:
-        return meter.kl_nats(problem.costs.pairs_of(choice))
+        return tuple(domain["kl_nats"] for domain in meter.document_kl(choice))
 
     settings = study.settings
     limits = nsga2.Settings(settings.trials, settings.population, settings.seed, settings.bits)
     return nsga2.search(problem, space, evaluate, limits, run=study.run, progress=study.progress)
 
 
-def _prune(meter: Meter, costs: CostTable, errors: FloatArray, run: RunDir) -> nsga2.Space:
+def _prune(study: _Study, errors: FloatArray) -> nsga2.Space:
     """Prune and cluster on e_o; write ``pruned.json``."""
+    costs, layers = study.costs, study.candidates.layers
     kept = pareto_sets(costs, errors)
     groups = cluster_layers(kept, errors)
     candidates = {
-        str(layer): [costs.pairs[index] for index in indices]
-        for layer, indices in zip(meter.layers, kept, strict=True)
+        str(layer): [costs.candidates[index].label for index in indices]
+        for layer, indices in zip(layers, kept, strict=True)
     }
-    named = [[meter.layers[row] for row in group] for group in groups]
-    run.write_json(
+    named = [[layers[row] for row in group] for group in groups]
+    study.run.write_json(
         "pruned.json", {"sensitivity": "e_o", "candidates": candidates, "groups": named}
     )
     return nsga2.Space(groups, tuple(kept[group[0]] for group in groups))
@@ -220,7 +236,7 @@ def _verify(study: _Study, found: _Found) -> Findings:
         random_seeds=[1000 * settings.seed + n for n in range(settings.random_plans)],
     )
     verifier = Verifier(
-        Meter(study.model, study.data.heldout, settings.mode),
+        Meter(study.model, study.data.heldout, study.candidates),
         study.tokenizer,
         TaskSettings(settings.tasks, settings.task_n, settings.seed),
         study.run,
@@ -229,6 +245,5 @@ def _verify(study: _Study, found: _Found) -> Findings:
     findings = Findings(
         settings, found.problem, domains, entries, found.front, found.chosen, verifier
     )
-    plans = [(entry, findings.pairs(entry.allocation)) for entry in entries]
-    verifier.run_all(plans, study.progress)
+    verifier.run_all(entries, study.progress)
     return findings

@@ -35,7 +35,7 @@ class Space(NamedTuple):
     """What may vary: one decision per group of layers, among the group's Pareto set."""
 
     groups: tuple[tuple[int, ...], ...]
-    candidates: tuple[tuple[int, ...], ...]  # per group, indices of CostTable.pairs
+    candidates: tuple[tuple[int, ...], ...]  # per group, columns of CostTable
 
     def choice(self, picks: Sequence[int]) -> Choice:
         """Return the candidate index of every layer, given one of every group."""
@@ -87,7 +87,7 @@ def search(
         record = {
             "trial": number,
             "choice": choice,
-            "pairs": problem.costs.pairs_of(choice),
+            "labels": problem.costs.labels(choice),
             "effective_bits": problem.costs.effective_bits(choice),
             "kl_nats": measured[choice],
         }
@@ -198,10 +198,9 @@ def _tell(
 
 
 def _uniform_picks(problem: Problem, space: Space) -> list[list[int]]:
-    pairs = range(len(problem.costs.pairs))
     return [
         [index] * len(space.groups)
-        for index in pairs
+        for index in range(len(problem.costs.candidates))
         if all(index in candidates for candidates in space.candidates)
     ]
 
@@ -211,5 +210,4 @@ def _params(problem: Problem, picks: Sequence[int]) -> dict[str, str]:
 
 
 def _name(problem: Problem, index: int) -> str:
-    key, value = problem.costs.pairs[index]
-    return f"K{key}V{value}"
+    return problem.costs.candidates[index].label
