@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 import kvbits
 from kvbits import CachePlan
 from kvbits.cli import app
-from kvbits.cli.inspect import MAX_TOKENS, largest
 from kvbits.cli.options import parse_size
+from kvbits.memory import MOST_TOKENS, largest_fitting
 
 
 def run(*arguments: object) -> Result:
@@ -117,11 +117,11 @@ def test_fewer_bits_buy_more_context(tiny_model_dir):
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 63, 64, 65, 1000])
 def test_largest_finds_the_last_that_fits(limit):
-    assert largest(lambda number: number <= limit) == limit
+    assert largest_fitting(lambda number: number <= limit) == limit
 
 
 def test_largest_stops_where_nothing_grows():
-    assert largest(lambda number: True) >= MAX_TOKENS // 2
+    assert largest_fitting(lambda number: True) >= MOST_TOKENS // 2
 
 
 @pytest.mark.parametrize(

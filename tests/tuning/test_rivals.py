@@ -16,7 +16,7 @@ def front(problem):
 def entries(problem, front):
     chosen = rivals.choose(problem, front, 4.0)
     return rivals.list_entries(
-        problem, front, strategy="exact", bits=4.0, chosen=chosen, random_seeds=[0, 1, 2]
+        problem, front, origin="exact", bits=4.0, chosen=chosen, random_seeds=[0, 1, 2]
     )
 
 
@@ -60,7 +60,7 @@ def test_tasks_are_measured_on_one_plan_of_every_kind(entries):
 def test_chosen_plan_is_verified_even_when_it_is_not_on_the_front(problem, front):
     chosen = problem.allocation((column((8, 4, 2), (2, 4)),) * 6)
     entries = rivals.list_entries(
-        problem, front, strategy="exact", bits=4.0, chosen=chosen, random_seeds=[]
+        problem, front, origin="exact", bits=4.0, chosen=chosen, random_seeds=[]
     )
     found = [e for e in entries if e.allocation.choice == chosen.choice and e.origin == "exact"]
     assert [entry.measures_tasks for entry in found] == [True]

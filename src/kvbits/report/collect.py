@@ -16,7 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 from kvbits.errors import RecordError
 
 SCHEMA_VERSION = 2
-SEARCHED_ORIGINS = ("exact", "nsga2")
+SEARCHED_ORIGINS = (
+    *("exact", "exact+", "moead", "nsga2", "tpe"),
+    *("best uniform", "best ladder", "best random"),
+)
 Row = TypeVar("Row")
 
 
@@ -91,6 +94,7 @@ class Run(NamedTuple):
     mode: str
     context: int | None
     budget_bits: float | None
+    bought: Mapping[str, int]
     points: tuple[Point, ...]
     comparisons: tuple[PairedComparison, ...]
     sensitivity: tuple[Sensitivity, ...]
@@ -149,6 +153,7 @@ def collect(run_dir: Path | str) -> Run:
         mode=str(front.get("mode") or ", ".join(front.get("candidates", ()))),
         context=front.get("context"),
         budget_bits=front.get("budget_bits"),
+        bought=front.get("bought") or {},
         points=_parse_points(front, path / "front.json"),
         comparisons=_parse_items(front, "comparisons", _parse_comparison, path / "front.json"),
         sensitivity=_read_lines(path / "sensitivity.jsonl", _parse_sensitivity),

@@ -54,15 +54,26 @@ class Candidates:
     Args:
         config: Transformers config of the model.
         families: What may be stored; labels must be unique.
+        is_joint: Whether keys and values of a layer must have one width.
+
+    Raises:
+        ValueError: If no candidate is left.
     """
 
-    def __init__(self, config: Any, families: Sequence[Family]) -> None:
+    def __init__(self, config: Any, families: Sequence[Family], *, is_joint: bool = False) -> None:
         self.config = config
         self.geometry = ModelGeometry.from_config(config)
         self.sides = tuple(option for each in families for side in each for option in side)
         self._pairs = [
-            pair for each in families for pair in itertools.product(each.keys, each.values)
+            (key, value)
+            for each in families
+            for key, value in itertools.product(each.keys, each.values)
+            if not is_joint or key.bits == value.bits
         ]
+        if not self._pairs:
+            raise ValueError(
+                "granularity must be side where no method has one width for both sides, got layer"
+            )
         packed = (Candidate(_joined(*pair), pair[0].label, pair[1].label) for pair in self._pairs)
         self.columns = (Candidate(EXACT_LABEL, None, None), *packed)
 
@@ -127,14 +138,22 @@ def _joined(key: SideOption, value: SideOption) -> str:
     return f"{key.label}V{value.bits}"
 
 
-def of_mode(config: Any, mode: Mode, widths: Sequence[Width]) -> Candidates:
+def of_mode(
+    config: Any, mode: Mode, widths: Sequence[Width], *, is_joint: bool = False
+) -> Candidates:
     """Return every pair of ``widths`` in a mode, widest first, and the exact layer."""
     each = {bits: CachePlan.uniform(config, int(bits), int(bits), mode) for bits in _down(widths)}
-    return Candidates(config, [_family("", each.values(), each.values())])
+    family = _family("", each.values(), each.values())
+    return Candidates(config, [family], is_joint=is_joint)
 
 
 def of_methods(
-    config: Any, names: Sequence[str], widths: Sequence[Width], make: MakePlan | None = None
+    config: Any,
+    names: Sequence[str],
+    widths: Sequence[Width],
+    make: MakePlan | None = None,
+    *,
+    is_joint: bool = False,
 ) -> Candidates:
     """Return every pair of widths in each of several methods, and the exact layer.
 
@@ -144,6 +163,7 @@ def of_methods(
         widths: Code widths; a method takes those it has. A width that the settings name stays.
         make: Makes the plan of a method; from the config alone by default, which gives methods
             that have to be calibrated the right sizes but not the right levels.
+        is_joint: Whether keys and values of a layer must have one width.
 
     Raises:
         ValueError: If a method or setting does not exist, or has none of the widths.
@@ -155,7 +175,7 @@ def of_methods(
         _of_method(name, prefix, widths, make)
         for name, prefix in zip(names, prefixes, strict=True)
     ]
-    return Candidates(config, families)
+    return Candidates(config, families, is_joint=is_joint)
 
 
 def check_names(names: Sequence[str], widths: Sequence[Width]) -> None:

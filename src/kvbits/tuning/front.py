@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from kvbits.evaluation.token_set import TokenSet, dataset
 from kvbits.plan import CachePlan, Metric, Provenance
+from kvbits.tuning import rivals
+from kvbits.tuning.budget import bought
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.rivals import Entry
 from kvbits.tuning.sensitivity import Meter, rounded
@@ -28,10 +30,16 @@ class Findings(NamedTuple):
     settings: TuneSettings
     problem: Problem
     domains: tuple[str, ...]
+    bits: float  # the budget, or the size of the plan chosen by quality
     entries: Sequence[Entry]
     front: Sequence[Allocation]
     chosen: Allocation
     verifier: Verifier
+
+    @property
+    def origin(self) -> str:
+        """What the search's own plans are called, apart from the rivals of the same kind."""
+        return rivals.searched_origin(self.settings.strategy)
 
     @property
     def meter(self) -> Meter:
@@ -47,16 +55,15 @@ class Findings(NamedTuple):
 
     def is_chosen(self, entry: Entry) -> bool:
         """Whether this is the plan the search chose (a rival may equal it)."""
-        is_searched = entry.origin == self.settings.strategy
-        return is_searched and entry.allocation.choice == self.chosen.choice
+        return entry.origin == self.origin and entry.allocation.choice == self.chosen.choice
 
 
 def front_document(findings: Findings) -> dict[str, Any]:
     """Return ``front.json``: the verified plans, and the rest of the front as predicted."""
     settings = findings.settings
-    verified = {e.allocation.choice for e in findings.entries if e.origin == settings.strategy}
+    verified = {e.allocation.choice for e in findings.entries if e.origin == findings.origin}
     rest = [
-        Entry(f"{settings.strategy} {plan.effective_bits:.2f}", settings.strategy, plan)
+        Entry(f"{findings.origin} {plan.effective_bits:.2f}", findings.origin, plan)
         for plan in findings.front
         if plan.choice not in verified
     ]
@@ -68,7 +75,9 @@ def front_document(findings: Findings) -> dict[str, Any]:
         "candidates": list(settings.candidates),
         "strategy": settings.strategy,
         "objective": settings.objective,
-        "budget_bits": settings.bits,
+        "budget_bits": findings.bits,
+        "max_kl": settings.max_kl,
+        "bought": bought(findings.plan(findings.chosen), settings),
         "normalised_by": dict(
             zip(findings.domains, map(rounded, findings.problem.norms), strict=True)
         ),
@@ -123,8 +132,8 @@ def _comparisons(findings: Findings) -> list[dict[str, Any]]:
     chosen = findings.labels(findings.chosen)
     found = []
     for entry in findings.entries:
-        is_rival = entry.origin in ("uniform", "ladder", "random")
-        if not is_rival or not entry.fits(findings.settings.bits):
+        is_rival = entry.origin in rivals.RULES
+        if not is_rival or not entry.fits(findings.bits):
             continue
         rival = findings.labels(entry.allocation)
         found += [

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from kvbits.tuning.problem import Problem
-from kvbits.tuning.tables import Allocation
+from kvbits.tuning.tables import Allocation, Choice
 
 Named: TypeAlias = tuple[str, Allocation]
 
@@ -88,6 +88,18 @@ def random_plan(problem: Problem, bits: float, *, seed: int) -> Allocation | Non
         layer = generator.choice(np.flatnonzero(steps <= left))
         choice[layer] = generator.choice(np.flatnonzero(growth[layer] == steps[layer]))
         left -= int(steps[layer])
+
+
+def random_choices(
+    problem: Problem, bits: float | None, number: int, *, seed: int
+) -> list[Choice]:
+    """Return random plans that fill sizes drawn evenly between the smallest plan and ``bits``."""
+    generator = np.random.default_rng(seed)
+    plans = uniform(problem)
+    low, high = plans[0][1].effective_bits, bits or plans[-1][1].effective_bits
+    sizes = [high, *generator.uniform(low, high, number - 1)]
+    found = (random_plan(problem, size, seed=seed + i) for i, size in enumerate(sizes))
+    return [plan.choice for plan in found if plan is not None]
 
 
 def best(problem: Problem, plans: Iterable[Named], bits: float) -> Named | None:

@@ -66,6 +66,34 @@ def solve(problem: Problem, budget: int) -> Choice | None:
     return min(choices, key=lambda c: (problem.allocation(c).loss, mean[range(len(c)), c].sum()))
 
 
+def smallest(problem: Problem, kl_nats: float) -> Choice:
+    """Return the smallest plan whose additive KL is at most ``kl_nats`` in every domain.
+
+    The exact layer has none, so that there always is one.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    units, kl = problem.costs.units, problem.kl_nats
+    size = units.size
+    result = milp(
+        c=units.ravel() / np.gcd.reduce(units, axis=None),
+        constraints=[
+            LinearConstraint(_one_hot(*units.shape), 1, 1),
+            LinearConstraint(kl.reshape(len(kl), size) / kl_nats, -np.inf, 1),
+        ],
+        integrality=np.ones(size),
+        bounds=Bounds(0, (~_is_dominated(units, kl)).ravel().astype(float)),
+    )
+    if result.x is None:
+        raise RuntimeError(f"the integer programme must have a solution, got {result.message!r}")
+    return tuple(int(i) for i in np.reshape(result.x, units.shape).argmax(axis=1))
+
+
+def _one_hot(layers: int, candidates: int) -> FloatArray:
+    """Rows that add up the candidates of each layer, ``[L, L * P]``."""
+    return np.asarray(np.kron(np.eye(layers), np.ones(candidates)), dtype=np.float64)
+
+
 class _Terms(NamedTuple):
     """What is minimised: ``worst_share`` x the worst of ``rows``, plus ``linear``."""
 
@@ -112,7 +140,7 @@ def _minimise(
     # Divided by their common factor the sizes are small integers, so that the solver's tolerance
     # can never admit a plan over the budget.
     divisor = int(np.gcd.reduce(units, axis=None)) or 1
-    one_hot = np.hstack([np.kron(np.eye(layers), np.ones(pairs)), np.zeros((layers, 1))])
+    one_hot = np.hstack([_one_hot(layers, pairs), np.zeros((layers, 1))])
     size_row = np.append(units.ravel() // divisor, 0)
     loss_rows = np.hstack([terms.rows.reshape(domains, size), -np.ones((domains, 1))])
     result = milp(
