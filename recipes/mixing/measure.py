@@ -42,9 +42,9 @@ METHODS = (
     "kvquant:block_tokens=32,sink_tokens=0",
 )
 WIDTHS = (4, 3, 2)
-BUDGETS = (3.0, 3.5, 4.0, 4.5)
+BUDGETS = (3.0, 3.5, 4.0)
 CALIBRATION = SetSize(text_documents=4, reasoning_documents=16, recall_documents=6)
-HELDOUT = SetSize(text_documents=24, reasoning_documents=48, recall_documents=12)
+HELDOUT = SetSize(text_documents=16, reasoning_documents=32, recall_documents=12)
 PLANS = "plans.jsonl"
 
 
@@ -134,7 +134,8 @@ def measure(arguments: argparse.Namespace) -> None:
         problem = build_problem(table, costs, bits=BUDGETS[0], objective=arguments.objective)
         meter = Meter(model, heldout, candidates)
         done = {_key(record) for record in run.records(PLANS)}
-        listed = list(contenders(problem, candidates))
+        # Uniform plans last: the question is about the others.
+        listed = sorted(contenders(problem, candidates), key=lambda each: each.kind == "uniform")
         progress.start("held-out data", len(listed))
         for each in listed:
             if (each.budget, each.kind, each.method) not in done:

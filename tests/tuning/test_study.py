@@ -245,6 +245,74 @@ def test_methods_are_mixed_calibrated_and_told_apart(model, tokenizer, data, tmp
     assert again.plan == result.plan
 
 
+QUICK = EXACT.model_copy(update={"task_n": 0, "random_plans": 0, "trials": 6, "population": 4})
+
+
+@pytest.mark.parametrize("strategy", ["exact+", "moead", "tpe", "uniform", "ladder", "random"])
+def test_every_strategy_writes_a_plan_within_the_budget(
+    strategy, model, tokenizer, data, tmp_path
+):
+    settings = QUICK.model_copy(update={"strategy": strategy})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert result.plan.effective_bits <= 4.5
+    chosen = [point for point in result.front["points"] if point["chosen"]]
+    assert len(chosen) == 1
+    assert chosen[0]["measured_kl"]
+    trials = (tmp_path / "search.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in trials} == {"search"}
+    if strategy == "uniform":
+        assert len(set(chosen[0]["labels"])) == 1
+
+
+def test_limits_are_searched_one_after_the_other_and_joined(model, tokenizer, data, tmp_path):
+    settings = QUICK.model_copy(update={"strategy": "moead", "limits": (4.0, 6.0)})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    lines = [json.loads(x) for x in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["4 bits"] * 6 + ["6 bits"] * 6
+    assert result.plan.effective_bits <= 4.5
+
+
+def test_memory_buys_a_plan_that_fits_it(model, tokenizer, data, tmp_path):
+    full = CachePlan.uniform(model.config, 16, 16).bytes(1000, 3)
+    settings = TuneSettings(
+        memory=full // 3, context=1000, batch=3, widths=(4, 2), task_n=0, random_plans=0
+    )
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    bought = result.front["bought"]
+    assert bought["bytes"] == result.plan.bytes(1000, 3) <= full // 3
+    assert bought["bytes_16bit"] == full
+    assert result.plan.bytes(bought["tokens"], 3) <= full // 3
+    assert result.plan.bytes(bought["tokens"] + 1, 3) > full // 3
+    assert bought["tokens_16bit"] == 333
+
+
+def test_memory_below_the_smallest_plan_is_refused_in_bits(model, tokenizer, data, tmp_path):
+    settings = TuneSettings(memory=1000, context=1000, widths=(4, 2))
+    with pytest.raises(ValueError, match=r"bits must be at least .*what memory=1000 bytes allow"):
+        tune(model, tokenizer, settings, tmp_path, data=data)
+    assert not (tmp_path / "study.json").exists()
+
+
+def test_quality_buys_the_smallest_plan_that_measures_so(model, tokenizer, data, tmp_path):
+    sizes = []
+    for limit in (1e-2, 1e-4):
+        path = tmp_path / f"{limit}"
+        settings = TuneSettings(max_kl=limit, widths=(4, 2), task_n=0, random_plans=0)
+        result = tune(model, tokenizer, settings, path, data=data)
+        chosen = json.loads((path / "search.jsonl").read_text().splitlines()[-1])
+        assert max(chosen["kl_nats"]) <= limit
+        assert chosen["effective_bits"] == pytest.approx(result.plan.effective_bits)
+        assert result.front["budget_bits"] == pytest.approx(result.plan.effective_bits)
+        sizes.append(result.plan.effective_bits)
+    assert sizes[0] < sizes[1]
+
+
+def test_layers_may_have_one_width_for_both_sides(model, tokenizer, data, tmp_path):
+    settings = QUICK.model_copy(update={"granularity": "layer"})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert all(key == value for key, value in result.plan.pairs)
+
+
 def test_weights_checksum_sees_one_changed_weight_and_no_order(model):
     before = weights_checksum(model)
     parameter = next(iter(model.parameters()))
