@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 tune: $(STAMP)
-	$(BIN)/kvbits tune $(MODEL) --bits $(BITS) --mode $(MODE) --strategy exact -o $(RUN)
+	$(BIN)/kvbits tune $(MODEL) --bits $(BITS) --mode $(MODE) --objective balanced -o $(RUN)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

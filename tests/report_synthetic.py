@@ -42,6 +42,7 @@ def point(name: str, origin: str, pairs: list[list[int]], rng: random.Random, **
     return {
         "name": name,
         "origin": origin,
+        "labels": [f"K{key}V{value}" for key, value in pairs],
         "pairs": pairs,
         "effective_bits": bits,
         "effective_bits_at_context": bits + 0.05,
@@ -131,7 +132,7 @@ def write_run(path: Path, seed: int = 0) -> Path:
             "layer": layer,
             "side": side,
             "bits": bits,
-            "mode": "per_token",
+            "label": f"{side[0].upper()}{bits}",
             "domain": domain,
             "kl_nats": layer_kl(layer, side, bits, domain),
             "kl_se": layer_kl(layer, side, bits, domain) * 0.1,
@@ -146,7 +147,7 @@ def write_run(path: Path, seed: int = 0) -> Path:
     points = all_points(rng)
     searched = [p for p in points if p["origin"] == "exact" and p["effective_bits"] <= 4.5]
     max(searched, key=lambda p: p["effective_bits"])["chosen"] = True
-    front = {"schema_version": 1, "context": CONTEXT, "mode": "per_token", "budget_bits": 4.5}
+    front = {"schema_version": 2, "context": CONTEXT, "mode": "per_token", "budget_bits": 4.5}
     front |= {"points": points, "comparisons": comparisons(points)}
     (path / "front.json").write_text(json.dumps(front))
     records = [

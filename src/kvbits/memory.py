@@ -6,6 +6,7 @@ tests compare them with the bytes a live cache reports.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -15,6 +16,9 @@ from kvbits.codecs.packing import page_capacity, page_tokens, record_bytes
 from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan, Side
 
+# Above this no budget is the limit any more; it also bounds the search for models without
+# full-attention layers, whose cache stops growing.
+MOST_TOKENS = 1 << 30
 TABLE_ENTRY_BYTES = 8  # the offset of a page in its pool, int64
 
 
@@ -152,3 +156,17 @@ def stored_bits_per_token(plan: LayerPlan, layer: LayerGeometry) -> Fraction:
             width = head_dim(layer, side)
             total += heads * width * group.codec(side).stored_bits(width)
     return total
+
+
+def largest_fitting(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that fits, 0 if 1 does not, at most ``MOST_TOKENS``.
+
+    Page rounding makes bytes grow in steps, but never shrink, so bisection is exact.
+    """
+    low, high = 0, 1
+    while high < MOST_TOKENS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

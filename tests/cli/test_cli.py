@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from report_synthetic import write_run
@@ -14,8 +16,8 @@ from typer.testing import CliRunner, Result
 import kvbits
 from kvbits import CachePlan
 from kvbits.cli import app
-from kvbits.cli.inspect import MAX_TOKENS, largest
 from kvbits.cli.options import parse_size
+from kvbits.memory import MOST_TOKENS, largest_fitting
 
 
 def run(*arguments: object) -> Result:
@@ -117,11 +119,11 @@ def test_fewer_bits_buy_more_context(tiny_model_dir):
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 63, 64, 65, 1000])
 def test_largest_finds_the_last_that_fits(limit):
-    assert largest(lambda number: number <= limit) == limit
+    assert largest_fitting(lambda number: number <= limit) == limit
 
 
 def test_largest_stops_where_nothing_grows():
-    assert largest(lambda number: True) >= MAX_TOKENS // 2
+    assert largest_fitting(lambda number: True) >= MOST_TOKENS // 2
 
 
 @pytest.mark.parametrize(
@@ -396,12 +398,50 @@ def test_tune_without_options_uses_the_settings_own_defaults(
     assert asked == [TuneSettings()]
 
 
+def test_tune_takes_budgets_in_bytes_and_published_searches(tiny_model_dir, tmp_path, monkeypatch):
+    from kvbits.tuning import study
+    from kvbits.tuning.settings import RECIPES, TuneSettings
+
+    asked = []
+    monkeypatch.setattr(
+        study, "tune", lambda model, tokenizer, settings, *_: asked.append(settings)
+    )
+    run("tune", tiny_model_dir, "--recipe", "kvtuner", "--mode", "kivi", "-o", tmp_path)
+    arguments = ("--memory", "24GB", "--context", 131072, "--batch", 4, "--strategy", "exact+")
+    more = ("--objective", "sum", "--weights", "2,1,0.5", "--granularity", "layer")
+    run("tune", tiny_model_dir, *arguments, *more, "-o", tmp_path)
+    assert asked == [
+        TuneSettings(mode="kivi", **RECIPES["kvtuner"]),
+        TuneSettings(
+            memory=24 * 10**9, context=131072, batch=4, strategy="exact+", objective="sum",
+            domain_weights=(2, 1, 0.5), granularity="layer",
+        ),
+    ]  # fmt: skip
+
+
+def test_choices_of_the_command_line_are_those_of_the_settings():
+    from kvbits.tuning.settings import RECIPES, TuneSettings
+
+    command = importlib.import_module("kvbits.cli.tune")  # the package has its function
+    fields = TuneSettings.model_fields
+    for name in ("strategy", "granularity", "objective"):
+        choices = getattr(command, name.title())
+        assert {choice.value for choice in choices} == set(get_args(fields[name].annotation))
+    assert {choice.value for choice in command.Recipe} == set(RECIPES)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--task", "chess"], "tasks must be among arithmetic"),
         (["--widths", "5"], "widths must be among"),
         (["--widths", "few"], "--widths must be numbers such as 8,4,2"),
+        (["--weights", "1,2"], "domain_weights must be given with objective sum"),
+        (["--memory", "1GB"], "context must be given with memory"),
+        (["--bits", "4", "--max-kl", "0.1"], "bits must be the only budget, got max_kl too"),
+        (["--recipe", "kvtuner", "--trials", "9"], "--trials must not be given with --recipe"),
+        (["--candidates", "awq"], "candidates must be among per-token"),
+        (["--candidates", "kvarn", "--mode", "kivi"], "mode must not be given together with"),
         (["--text", "a.txt"], "text and heldout_text must be given together"),
     ],
 )

@@ -74,14 +74,14 @@ def test_a_line_without_a_field_is_refused(run_dir):
 
 
 def test_damaged_json_is_refused(run_dir):
-    (run_dir / "front.json").write_text('{"schema_version": 1, ')
+    (run_dir / "front.json").write_text('{"schema_version": 2, ')
     with pytest.raises(RecordError, match=r"front\.json must be JSON, got damage"):
         collect(run_dir)
 
 
 def test_a_front_of_another_schema_is_refused(run_dir):
-    edit_front(run_dir, schema_version=2)
-    with pytest.raises(RecordError, match="must have schema_version 1, got 2"):
+    edit_front(run_dir, schema_version=1)
+    with pytest.raises(RecordError, match="must have schema_version 2, got 1"):
         collect(run_dir)
 
 

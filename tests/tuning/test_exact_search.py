@@ -4,12 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from tuning_synthetic import make_costs, make_problem
+from tuning_synthetic import column, make_costs, make_problem, make_table
 
 from kvbits.tuning.problem import Problem, build_problem
 from kvbits.tuning.search import baselines
 from kvbits.tuning.search.exact import budget_grid, solve, solve_front
-from kvbits.tuning.tables import SensitivityTable
 
 
 def brute_force(problem: Problem, budget: int) -> float | None:
@@ -61,15 +60,15 @@ def test_minimax_breaks_ties_by_the_mean_of_all_domains():
     kl_nats = np.zeros((2, 2, 2, 2))
     kl_nats[0, 0, 0] = [1.0, 100.0]  # domain 0 needs the keys of layer 0 only
     kl_nats[1, 1, 1] = [0.01, 0.1]  # domain 1 wants the values of layer 1
-    table = SensitivityTable(("a", "b"), (4, 2), kl_nats)
+    table = make_table((4, 2), kl_nats)
     costs = make_costs(2, (4, 2))
     problem = build_problem(table, costs, bits=4.5, objective="minimax")._replace(norms=np.ones(2))
-    choice = solve(problem, costs.total((costs.pairs.index((4, 2)), costs.pairs.index((2, 4)))))
-    assert costs.pairs_of(choice) == ((4, 2), (2, 4))
+    choice = solve(problem, costs.total((column((4, 2), (4, 2)), column((4, 2), (2, 4)))))
+    assert costs.labels(choice) == ("K4V2", "K2V4")
 
 
 def test_layers_that_cost_nothing_give_a_finite_problem():
-    table = SensitivityTable(("a",), (4, 2), np.zeros((1, 3, 2, 2)))
+    table = make_table((4, 2), np.zeros((1, 3, 2, 2)))
     problem = build_problem(table, make_costs(3, (4, 2)), bits=4.0)
     assert problem.allocation(solve(problem, problem.costs.budget(3.0))).loss == 0.0
 

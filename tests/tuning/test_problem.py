@@ -2,24 +2,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tuning_synthetic import make_costs, make_problem
+from tuning_synthetic import column, make_costs, make_problem, make_table
 
 from kvbits.tuning.problem import DOMAIN_FLOOR, SHARES, build_problem
-from kvbits.tuning.tables import SensitivityTable
 
 
 def flat_problem(scales: list[float], bits: float):
     """Every layer and side costs 0.1, 1 or 9 nats at 8, 4 and 2 bits, times the domain's scale."""
     kl_nats = np.ones((len(scales), 6, 2, 3)) * [0.1, 1.0, 9.0]
     kl_nats *= np.array(scales)[:, None, None, None]
-    table = SensitivityTable(tuple(f"d{i}" for i in range(len(scales))), (8, 4, 2), kl_nats)
-    return build_problem(table, make_costs(6, (8, 4, 2)), bits=bits)
+    return build_problem(make_table((8, 4, 2), kl_nats), make_costs(6, (8, 4, 2)), bits=bits)
 
 
 @pytest.mark.parametrize(("pair", "bits"), [((2, 2), 2.5), ((4, 4), 4.5), ((8, 8), 8.5)])
 def test_uniform_plan_has_loss_one_at_its_own_size(pair, bits):
     problem = flat_problem([1.0, 0.5], bits)
-    choice = (problem.costs.pairs.index(pair),) * 6
+    choice = (column((8, 4, 2), pair),) * 6
     assert problem.allocation(choice).loss == pytest.approx(1.0)
     assert problem.norms[0] == pytest.approx(2 * problem.norms[1])
 
@@ -57,6 +55,6 @@ def test_objectives_weigh_domains_as_named():
 
 
 def test_weights_are_normalised():
-    table = SensitivityTable(("a", "b"), (4, 2), np.ones((2, 3, 2, 2)))
+    table = make_table((4, 2), np.ones((2, 3, 2, 2)))
     problem = build_problem(table, make_costs(3, (4, 2)), bits=4.0, weights=[3.0, 1.0])
     assert problem.weights.tolist() == [0.75, 0.25]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from tuning_synthetic import column
 
 from kvbits.tuning import rivals
 from kvbits.tuning.search.exact import budget_grid, solve_front
@@ -15,7 +16,7 @@ def front(problem):
 def entries(problem, front):
     chosen = rivals.choose(problem, front, 4.0)
     return rivals.list_entries(
-        problem, front, strategy="exact", bits=4.0, chosen=chosen, random_seeds=[0, 1, 2]
+        problem, front, origin="exact", bits=4.0, chosen=chosen, random_seeds=[0, 1, 2]
     )
 
 
@@ -57,9 +58,9 @@ def test_tasks_are_measured_on_one_plan_of_every_kind(entries):
 
 
 def test_chosen_plan_is_verified_even_when_it_is_not_on_the_front(problem, front):
-    chosen = problem.allocation((problem.costs.pairs.index((2, 4)),) * 6)
+    chosen = problem.allocation((column((8, 4, 2), (2, 4)),) * 6)
     entries = rivals.list_entries(
-        problem, front, strategy="exact", bits=4.0, chosen=chosen, random_seeds=[]
+        problem, front, origin="exact", bits=4.0, chosen=chosen, random_seeds=[]
     )
     found = [e for e in entries if e.allocation.choice == chosen.choice and e.origin == "exact"]
     assert [entry.measures_tasks for entry in found] == [True]

@@ -152,6 +152,7 @@ def test_front_holds_measured_rivals_of_every_kind(finished):
 def test_sizes_in_the_front_are_those_of_the_plans(finished, model):
     for point in finished["exact"].front["points"]:
         plan = CachePlan.from_pairs(model.config, point["pairs"])
+        assert point["labels"] == [f"K{key}V{value}" for key, value in point["pairs"]]
         assert point["effective_bits"] == pytest.approx(plan.effective_bits, rel=1e-5)
         assert point["effective_bits_at_context"] > 0
         if point["origin"] in ("exact", "random"):
@@ -220,6 +221,96 @@ def test_kivi_mode_counts_the_residual_at_a_context(model, tokenizer, data, tmp_
     assert result.plan.effective_bits_at(512) <= 5.5
     assert result.plan.effective_bits < result.plan.effective_bits_at(512)
     assert result.plan.layers[0].residual_length == 32
+
+
+def test_methods_are_mixed_calibrated_and_told_apart(model, tokenizer, data, tmp_path):
+    """Five layer plans a layer of two methods, one of which is fitted to the documents."""
+    fitted = "kvquant:block_tokens=8,levels=activations,is_pre_rope=false,sink_tokens=0"
+    settings = TuneSettings(
+        bits=7.0, candidates=(fitted, "per-token"), widths=(4, 2), task_n=0, random_plans=1
+    )
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    points = result.front["points"]
+    labels = {label for point in points for label in point["labels"]}
+    assert {"per-token K4V4", f"{fitted} K4V4"} <= labels
+    assert result.plan.effective_bits <= 7.0
+    assert result.plan.provenance.mode is None
+    chosen = next(point for point in points if point["chosen"])
+    for label, layer in zip(chosen["labels"], result.plan.layers, strict=True):
+        is_fitted = any(group.key.kind == "outliers" for group in layer.groups)
+        assert is_fitted == label.startswith("kvquant")
+    saved = {path.name for path in (tmp_path / "calibrated").iterdir()}
+    assert len(saved) == 2
+    again = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert again.plan == result.plan
+
+
+QUICK = EXACT.model_copy(update={"task_n": 0, "random_plans": 0, "trials": 6, "population": 4})
+
+
+@pytest.mark.parametrize("strategy", ["exact+", "moead", "tpe", "uniform", "ladder", "random"])
+def test_every_strategy_writes_a_plan_within_the_budget(
+    strategy, model, tokenizer, data, tmp_path
+):
+    settings = QUICK.model_copy(update={"strategy": strategy})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert result.plan.effective_bits <= 4.5
+    chosen = [point for point in result.front["points"] if point["chosen"]]
+    assert len(chosen) == 1
+    assert chosen[0]["measured_kl"]
+    trials = (tmp_path / "search.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in trials} == {"search"}
+    if strategy == "uniform":
+        assert len(set(chosen[0]["labels"])) == 1
+
+
+def test_limits_are_searched_one_after_the_other_and_joined(model, tokenizer, data, tmp_path):
+    settings = QUICK.model_copy(update={"strategy": "moead", "limits": (4.0, 6.0)})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    lines = [json.loads(x) for x in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["4 bits"] * 6 + ["6 bits"] * 6
+    assert result.plan.effective_bits <= 4.5
+
+
+def test_memory_buys_a_plan_that_fits_it(model, tokenizer, data, tmp_path):
+    full = CachePlan.uniform(model.config, 16, 16).bytes(1000, 3)
+    settings = TuneSettings(
+        memory=full // 3, context=1000, batch=3, widths=(4, 2), task_n=0, random_plans=0
+    )
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    bought = result.front["bought"]
+    assert bought["bytes"] == result.plan.bytes(1000, 3) <= full // 3
+    assert bought["bytes_16bit"] == full
+    assert result.plan.bytes(bought["tokens"], 3) <= full // 3
+    assert result.plan.bytes(bought["tokens"] + 1, 3) > full // 3
+    assert bought["tokens_16bit"] == 333
+
+
+def test_memory_below_the_smallest_plan_is_refused_in_bits(model, tokenizer, data, tmp_path):
+    settings = TuneSettings(memory=1000, context=1000, widths=(4, 2))
+    with pytest.raises(ValueError, match=r"bits must be at least .*what memory=1000 bytes allow"):
+        tune(model, tokenizer, settings, tmp_path, data=data)
+    assert not (tmp_path / "study.json").exists()
+
+
+def test_quality_buys_the_smallest_plan_that_measures_so(model, tokenizer, data, tmp_path):
+    sizes = []
+    for limit in (1e-2, 1e-4):
+        path = tmp_path / f"{limit}"
+        settings = TuneSettings(max_kl=limit, widths=(4, 2), task_n=0, random_plans=0)
+        result = tune(model, tokenizer, settings, path, data=data)
+        chosen = json.loads((path / "search.jsonl").read_text().splitlines()[-1])
+        assert max(chosen["kl_nats"]) <= limit
+        assert chosen["effective_bits"] == pytest.approx(result.plan.effective_bits)
+        assert result.front["budget_bits"] == pytest.approx(result.plan.effective_bits)
+        sizes.append(result.plan.effective_bits)
+    assert sizes[0] < sizes[1]
+
+
+def test_layers_may_have_one_width_for_both_sides(model, tokenizer, data, tmp_path):
+    settings = QUICK.model_copy(update={"granularity": "layer"})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert all(key == value for key, value in result.plan.pairs)
 
 
 def test_weights_checksum_sees_one_changed_weight_and_no_order(model):

@@ -1,51 +1,45 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from tuning_synthetic import make_costs
 
 from kvbits.errors import RecordError
-from kvbits.tuning.tables import SIDES, SensitivityTable, candidate_pairs, sensitivity_table
+from kvbits.tuning.tables import Candidate, SensitivityTable, sensitivity_table
+
+SIDES = ("K4", "kvarn V2")
 
 
 def records(layers: tuple[int, ...]) -> list[dict[str, object]]:
     return [
-        {"domain": "text", "layer": layer, "side": side, "bits": bits, "kl_nats": layer + 1 / bits}
+        {"domain": "text", "layer": layer, "label": label, "kl_nats": layer + number / 4}
         for layer in layers
-        for side in SIDES
-        for bits in (4, 2)
+        for number, label in enumerate(SIDES)
     ]
 
 
-def test_candidates_are_every_pair_and_the_exact_one():
-    pairs = candidate_pairs((8, 4, 2))
-    assert len(pairs) == len(set(pairs)) == 10
-    assert pairs[0] == (16, 16)
-    assert (16, 4) not in pairs
+def table_of(lines, layers: tuple[int, ...]) -> SensitivityTable:
+    return sensitivity_table(lines, domains=("text",), sides=SIDES, layers=layers)
 
 
 def test_table_rows_follow_the_given_layers():
-    table = sensitivity_table(
-        reversed(records((3, 5))), domains=("text",), widths=(4, 2), layers=(3, 5)
-    )
-    assert table.kl_nats[0, 1, 0].tolist() == [5.25, 5.5]
+    table = table_of(reversed(records((3, 5))), (3, 5))
+    assert table.kl_nats[0].tolist() == [[3.0, 3.25], [5.0, 5.25]]
 
 
 def test_table_refuses_gaps_and_names_the_first():
-    with pytest.raises(RecordError, match="1 gaps, first at layer 5, value, 2 bits, text"):
-        sensitivity_table(records((3, 5))[:-1], domains=("text",), widths=(4, 2), layers=(3, 5))
+    with pytest.raises(RecordError, match="1 gaps, first at layer 5, kvarn V2, text"):
+        table_of(records((3, 5))[:-1], (3, 5))
 
 
 def test_rounding_noise_below_zero_counts_as_zero():
-    lines = [line | {"kl_nats": -1e-9} for line in records((0,))]
-    table = sensitivity_table(lines, domains=("text",), widths=(4, 2), layers=(0,))
-    assert (table.kl_nats == 0).all()
+    assert (table_of([r | {"kl_nats": -1e-9} for r in records((0,))], (0,)).kl_nats == 0).all()
 
 
-def test_pair_kl_adds_the_sides_and_sixteen_bits_cost_nothing():
-    kl_nats = np.arange(1.0, 5.0).reshape(1, 1, 2, 2)  # key 4, key 2; value 4, value 2
-    table = SensitivityTable(("text",), (4, 2), kl_nats)
-    assert table.pair_kl(((16, 16), (4, 2), (2, 4)))[0, 0].tolist() == [0.0, 5.0, 5.0]
+def test_candidates_add_their_sides_and_exact_sides_cost_nothing():
+    candidates = [Candidate("K16V16", None, None), Candidate("a", "K4", "kvarn V2")]
+    candidates.append(Candidate("b", None, "kvarn V2"))
+    kl = table_of(records((1, 2)), (1, 2)).candidate_kl(candidates)
+    assert kl[0].tolist() == [[0.0, 2.25, 1.25], [0.0, 4.25, 2.25]]
 
 
 def test_effective_bits_count_metadata():

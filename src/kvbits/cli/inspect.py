@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 UNIFORM_PAIRS = ((16, 16), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
 DEFAULT_CONTEXT = 4096
-# Above this no budget is the limit any more; it also bounds the search for models without
-# full-attention layers, whose cache stops growing.
-MAX_TOKENS = 1 << 30
 
 
 class Offer(NamedTuple):
@@ -94,26 +91,14 @@ def _plans(config: Any, mode: Any, path: Path | None) -> list[tuple[str, CachePl
 
 
 def _offer(name: str, plan: CachePlan, context: int, memory: int | None) -> Offer:
+    from kvbits.memory import largest_fitting
+
     fits_context = fits_batch = None
     fixed = plan.array_bytes
     if memory is not None:
-        fits_context = largest(lambda tokens: plan.bytes(tokens) + fixed <= memory)
-        fits_batch = largest(lambda rows: plan.bytes(context, rows) + fixed <= memory)
+        fits_context = largest_fitting(lambda tokens: plan.bytes(tokens) + fixed <= memory)
+        fits_batch = largest_fitting(lambda rows: plan.bytes(context, rows) + fixed <= memory)
     return Offer(name, plan.effective_bits, plan.bytes(context), fixed, fits_context, fits_batch)
-
-
-def largest(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that fits, 0 if 1 does not, at most ``MAX_TOKENS``.
-
-    Page rounding makes bytes grow in steps, but never shrink, so bisection is exact.
-    """
-    low, high = 0, 1
-    while high < MAX_TOKENS and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _runs(items: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -214,4 +199,6 @@ def _print_kernels(kernels: list[Kernel], context: int) -> None:
 def _at_most(count: int | None) -> str:
     if count is None:
         return ""
-    return "no limit" if count >= MAX_TOKENS // 2 else f"{count:,}"
+    from kvbits.memory import MOST_TOKENS
+
+    return "no limit" if count >= MOST_TOKENS // 2 else f"{count:,}"

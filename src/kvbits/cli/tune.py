@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,14 +10,36 @@ from typing import Annotated, Any
 import typer
 
 from kvbits.cli.failures import INTERRUPTED, fail, one_line_errors
-from kvbits.cli.options import DeviceName, Dtype, DtypeName, Mode, ModelName, Seed, Verbose
+from kvbits.cli.options import (
+    DeviceName,
+    Dtype,
+    DtypeName,
+    Memory,
+    Mode,
+    ModelName,
+    Seed,
+    Verbose,
+)
 
 
 class Strategy(StrEnum):
-    """How the search chooses among the measured pairs."""
+    """How the search chooses among the measured candidates."""
 
     EXACT = "exact"
+    EXACT_PLUS = "exact+"
+    MOEAD = "moead"
     NSGA2 = "nsga2"
+    TPE = "tpe"
+    UNIFORM = "uniform"
+    LADDER = "ladder"
+    RANDOM = "random"
+
+
+class Granularity(StrEnum):
+    """What has a width of its own."""
+
+    SIDE = "side"
+    LAYER = "layer"
 
 
 class Objective(StrEnum):
@@ -27,20 +50,64 @@ class Objective(StrEnum):
     SUM = "sum"
 
 
+class Recipe(StrEnum):
+    """Published ways to search; the values are those of ``kvbits.tuning.settings.RECIPES``."""
+
+    KVTUNER = "kvtuner"
+
+
 @one_line_errors
 def tune(
     model: ModelName,
     bits: Annotated[
-        float, typer.Option(min=2.0, max=16.0, help="Effective bits per value at most.")
-    ] = 4.0,
+        float | None,
+        typer.Option(min=1.0, max=16.0, help="Budget in effective bits per value; default: 4."),
+    ] = None,
+    memory: Memory = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Budget: nats per token in the worst domain; finds the smallest plan."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Count sizes at this many tokens a row, exact ones included."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of --context tokens.")] = None,
     strategy: Annotated[
-        Strategy, typer.Option(help="exact solves a programme; nsga2 measures every trial.")
-    ] = Strategy.EXACT,
-    mode: Annotated[Mode, typer.Option(help="Where scales are shared.")] = Mode.PER_TOKEN,
+        Strategy | None,
+        typer.Option(
+            help="exact (default) solves a programme; exact+ measures and corrects it; moead, "
+            "nsga2 and tpe measure every trial; the rest are rules to compare with."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Recipe | None,
+        typer.Option(help="A published search: strategy, widths, trials and limits at once."),
+    ] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Where scales are shared; default: per_token.")
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD[:NAME=VALUE,..]",
+            help="In place of a mode: a method a layer may be stored by; repeatable.",
+        ),
+    ] = None,
+    granularity: Annotated[
+        Granularity | None,
+        typer.Option(help="side (default): keys and values apart; layer: one width for both."),
+    ] = None,
     objective: Annotated[
-        Objective,
-        typer.Option(help="sum: the domains' mean; minimax: the worst one; balanced: both."),
-    ] = Objective.BALANCED,
+        Objective | None,
+        typer.Option(
+            help="minimax (default): the worst domain; sum: their weighted mean; balanced: both."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="W,W,..", help="Weights of text, reasoning and recall in the mean."),
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Task to verify on; repeatable.")] = None,
     widths: Annotated[
         str | None, typer.Option(metavar="W,W,..", help="Code widths to choose from.")
@@ -50,7 +117,7 @@ def tune(
     heldout_text: Annotated[
         Path | None, typer.Option(help="Text of the same kind to verify on.")
     ] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials of nsga2.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Plans to measure.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default under runs/.")
     ] = None,
@@ -62,21 +129,28 @@ def tune(
     """Find the bits of every layer. Stopped at any point, the same command goes on."""
     given = {
         "bits": bits,
-        "strategy": strategy.value,
-        "mode": mode.value,
-        "objective": objective.value,
+        "memory": memory,
+        "max_kl": max_kl,
+        "context": context,
+        "batch": batch,
+        "strategy": _value(strategy),
+        "mode": _value(mode),
+        "candidates": tuple(candidates) if candidates else None,
+        "granularity": _value(granularity),
+        "objective": _value(objective),
+        "domain_weights": parse_numbers("--weights", weights),
         "seed": seed,
-        "widths": parse_widths(widths),
+        "widths": parse_numbers("--widths", widths),
         "tasks": tuple(name for item in task for name in item.split(",")) if task else None,
         "task_n": n,
         "text": None if text is None else str(text),
         "heldout_text": None if heldout_text is None else str(heldout_text),
         "trials": trials,
     }
-    name = f"{Path(model).name}-{mode.value}-{strategy.value}-{bits:g}"
-    run_dir = output or Path("runs") / name
+    given = {key: value for key, value in given.items() if value is not None}
+    run_dir = output or Path("runs") / _default_name(model, given, recipe)
     try:
-        _tune(model, run_dir, device, dtype.value, given)
+        _tune(model, run_dir, device, dtype.value, given, recipe)
     except KeyboardInterrupt:
         fail(
             f"stopped; results so far are in {run_dir}, and the same command continues from there",
@@ -85,8 +159,23 @@ def tune(
     _print_result(model, run_dir)
 
 
-def parse_widths(text: str | None) -> tuple[int, ...] | None:
-    """Read ``8,4,2``.
+def _value(choice: StrEnum | None) -> str | None:
+    return None if choice is None else choice.value
+
+
+def _default_name(model: str, given: dict[str, Any], recipe: Recipe | None) -> str:
+    """``kvbits-tiny-kivi-exact-4``; what names cannot have becomes an underscore."""
+    stored = given.get("candidates") or (given.get("mode", Mode.PER_TOKEN.value),)
+    search = given.get("strategy") or (recipe or Strategy.EXACT).value
+    budgets = [f"{name}-{given[name]:g}" for name in ("memory", "max_kl") if name in given]
+    parts = [Path(model).name, "+".join(stored), search, *budgets]
+    if not budgets:
+        parts.append(f"{given.get('bits', 4):g}")
+    return re.sub("[^A-Za-z0-9_.+-]+", "_", "-".join(parts))
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Read ``8,4,1.5``.
 
     Raises:
         ValueError: a part is no number.
@@ -94,23 +183,48 @@ def parse_widths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--widths must be numbers such as 8,4,2, got {text!r}")
-    return tuple(int(part) for part in parts)
+    if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+        raise ValueError(f"{option} must be numbers such as 8,4,2, got {text!r}")
+    return tuple(float(part) if "." in part else int(part) for part in parts)
 
 
-def _tune(name: str, run_dir: Path, device: str, dtype: str, given: dict[str, Any]) -> None:
+def _tune(
+    name: str,
+    run_dir: Path,
+    device: str,
+    dtype: str,
+    given: dict[str, Any],
+    recipe: Recipe | None,
+) -> None:
     from kvbits.cli.models import load_model
     from kvbits.cli.output import StageBars
     from kvbits.report.page import write_page
     from kvbits.tuning import study
-    from kvbits.tuning.settings import TuneSettings
+    from kvbits.tuning.settings import RECIPES, TuneSettings
 
-    settings = TuneSettings(**{key: value for key, value in given.items() if value is not None})
+    settings = TuneSettings(**given, **_of_recipe(given, recipe, RECIPES))
     loaded = load_model(name, device, dtype)
     with StageBars() as progress:
         study.tune(loaded.model, loaded.tokenizer, settings, run_dir, progress)
     write_page(run_dir, model=name)
+
+
+def _of_recipe(
+    given: dict[str, Any], recipe: Recipe | None, recipes: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The settings of a recipe.
+
+    Raises:
+        ValueError: An option would change one of them.
+    """
+    settings = recipes[recipe.value] if recipe else {}
+    changed = sorted(settings.keys() & given.keys())
+    if recipe and changed:
+        raise ValueError(
+            f"--{changed[0]} must not be given with --recipe {recipe.value}, which sets it to "
+            f"{settings[changed[0]]}"
+        )
+    return settings
 
 
 def _print_result(model: str, run_dir: Path) -> None:
@@ -124,8 +238,9 @@ def _print_result(model: str, run_dir: Path) -> None:
         if shown.rows:
             console().print(_as_rich(shown))
     plan = run_dir / "plan.json"
+    bought = [f"{name:<7} {value}" for name, value in tables.bought(run)]
     lines = ["* the plan chosen on calibration data; every number above is held-out data", ""]
-    lines += [f"plan    {plan}", f"page    {run_dir / 'report.html'}"]
+    lines += [*bought, f"plan    {plan}", f"page    {run_dir / 'report.html'}"]
     prompt = '--prompt "The history of the"'
     lines.append(f"use it  kvbits generate {model} --plan {plan} {prompt}")
     typer.echo("\n".join(lines))

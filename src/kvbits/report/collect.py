@@ -15,8 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from kvbits.errors import RecordError
 
-SCHEMA_VERSION = 1
-SEARCHED_ORIGINS = ("exact", "nsga2")
+SCHEMA_VERSION = 2
+SEARCHED_ORIGINS = (
+    *("exact", "exact+", "moead", "nsga2", "tpe"),
+    *("best uniform", "best ladder", "best random"),
+)
 Row = TypeVar("Row")
 
 
@@ -43,7 +46,8 @@ class Point(NamedTuple):
 
     name: str
     origin: str
-    pairs: tuple[tuple[int, int], ...]
+    labels: tuple[str, ...]
+    pairs: tuple[tuple[float, float], ...]
     effective_bits: float
     effective_bits_at_context: float | None
     predicted_kl: Mapping[str, float]
@@ -70,11 +74,12 @@ class PairedComparison(NamedTuple):
 
 
 class Sensitivity(NamedTuple):
-    """Forward KL with one side of one layer stored at one width, everything else exact."""
+    """Forward KL with one side of one layer in one codec, everything else exact."""
 
     layer: int
     side: str
-    bits: int
+    bits: float
+    label: str
     domain: str
     kl_nats: float
     kl_standard_error: float | None
@@ -89,6 +94,7 @@ class Run(NamedTuple):
     mode: str
     context: int | None
     budget_bits: float | None
+    bought: Mapping[str, int]
     points: tuple[Point, ...]
     comparisons: tuple[PairedComparison, ...]
     sensitivity: tuple[Sensitivity, ...]
@@ -144,9 +150,10 @@ def collect(run_dir: Path | str) -> Run:
         path=path,
         study=study,
         plan=_read_json(path / "plan.json"),
-        mode=str(front.get("mode") or study.get("mode") or ""),
+        mode=str(front.get("mode") or ", ".join(front.get("candidates", ()))),
         context=front.get("context"),
         budget_bits=front.get("budget_bits"),
+        bought=front.get("bought") or {},
         points=_parse_points(front, path / "front.json"),
         comparisons=_parse_items(front, "comparisons", _parse_comparison, path / "front.json"),
         sensitivity=_read_lines(path / "sensitivity.jsonl", _parse_sensitivity),
@@ -215,7 +222,8 @@ def _parse_point(item: Mapping[str, Any]) -> Point:
     return Point(
         name=str(item["name"]),
         origin=str(item["origin"]),
-        pairs=tuple((int(key), int(value)) for key, value in item["pairs"]),
+        labels=tuple(str(label) for label in item["labels"]),
+        pairs=tuple((_width(key), _width(value)) for key, value in item["pairs"]),
         effective_bits=float(item["effective_bits"]),
         effective_bits_at_context=None if at_context is None else float(at_context),
         predicted_kl={k: float(v) for k, v in (item.get("predicted_kl") or {}).items()},
@@ -226,6 +234,11 @@ def _parse_point(item: Mapping[str, Any]) -> Point:
         tasks={name: _parse_task(task) for name, task in (item.get("tasks") or {}).items()},
         is_chosen=bool(item.get("chosen", False)),
     )
+
+
+def _width(value: Any) -> float:
+    """A width as it is written: 4, but 1.5."""
+    return int(value) if float(value).is_integer() else float(value)
 
 
 def _parse_task(item: Mapping[str, Any]) -> TaskResult:
@@ -256,7 +269,8 @@ def _parse_sensitivity(item: Mapping[str, Any]) -> Sensitivity:
     return Sensitivity(
         layer=int(item["layer"]),
         side=str(item["side"]),
-        bits=int(item["bits"]),
+        bits=_width(item["bits"]),
+        label=str(item["label"]),
         domain=str(item["domain"]),
         kl_nats=float(item["kl_nats"]),
         kl_standard_error=None if error is None else float(error),

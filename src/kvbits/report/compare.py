@@ -64,18 +64,18 @@ def _ratios(searched: Point, baseline: Point) -> dict[str, float]:
 
 
 def sensitivity_grids(rows: Sequence[Sensitivity]) -> tuple[Grid, ...]:
-    """Arrange sensitivities as layer x (side, width), one grid per domain, keys first."""
-    columns = sorted({(row.side != "key", -row.bits, row.side) for row in rows})
+    """Arrange sensitivities as layer x codec, one grid per domain, keys first, widest first."""
+    sides = {row.label: (row.side != "key", -row.bits) for row in rows}
+    columns = tuple(sorted(sides, key=lambda label: sides[label]))
     layers = tuple(sorted({row.layer for row in rows}))
-    values = {(row.domain, row.layer, row.side, row.bits): row.kl_nats for row in rows}
+    values = {(row.domain, row.layer, row.label): row.kl_nats for row in rows}
     return tuple(
         Grid(
             domain=domain,
-            columns=tuple(f"{side[0].upper()}{-bits}" for _, bits, side in columns),
+            columns=columns,
             layers=layers,
             rows=tuple(
-                tuple(values.get((domain, layer, side, -bits)) for _, bits, side in columns)
-                for layer in layers
+                tuple(values.get((domain, layer, label)) for label in columns) for layer in layers
             ),
         )
         for domain in dict.fromkeys(row.domain for row in rows)
@@ -99,8 +99,8 @@ def same_plans(points: Sequence[Point]) -> dict[str, str]:
     Names of ladders are long, so those only say that it is one.
     """
     baselines = {
-        point.pairs: point.name if point.origin == "uniform" else f"a {point.origin} plan"
+        point.labels: point.name if point.origin == "uniform" else f"a {point.origin} plan"
         for point in sorted(points, key=lambda point: point.origin)  # uniform comes last and wins
         if point.origin in BASELINE_ORIGINS
     }
-    return {p.name: baselines[p.pairs] for p in points if p.is_searched and p.pairs in baselines}
+    return {p.name: baselines[p.labels] for p in points if p.is_searched and p.labels in baselines}

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kvbits.report import numbers
-from kvbits.report.collect import Point, Run
+from kvbits.report.collect import SEARCHED_ORIGINS, Point, Run
 from kvbits.report.compare import Grid, log10_or_none, sensitivity_grids
 
 # Okabe and Ito's colours, told apart by readers with any colour vision.
@@ -20,12 +20,18 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, GREY, INK, RULE = "#CC79A7", "#8a8f98", "#1f2430", "#e3e6eb"
 STYLE = {
     "exact": ("searched, exact", BLUE, "circle"),
+    "exact+": ("searched, exact+", BLUE, "diamond"),
+    "moead": ("searched, MOEA/D", PURPLE, "hexagon"),
     "nsga2": ("searched, NSGA-II", PURPLE, "pentagon"),
+    "tpe": ("searched, TPE", PURPLE, "star"),
+    "best uniform": ("best uniform", BLUE, "circle"),
+    "best ladder": ("best ladder", BLUE, "circle"),
+    "best random": ("best random", BLUE, "circle"),
     "uniform": ("uniform", ORANGE, "square"),
     "ladder": ("ladder", GREEN, "triangle-up"),
     "random": ("random", GREY, "x-thin"),
 }
-MODES = {"exact": "lines+markers", "nsga2": "lines+markers", "uniform": "markers+text"}
+MODES = dict.fromkeys(SEARCHED_ORIGINS, "lines+markers") | {"uniform": "markers+text"}
 # Plotly sizes a page by height; widths follow the browser.
 FRONT_HEIGHT, BITS_HEIGHT, ROW_HEIGHT, HEAT_MARGIN = 470, 300, 24, 120
 MIN_HEAT_HEIGHT = 280  # the colour bar needs room for its labels
@@ -88,8 +94,7 @@ def _add_measured(figure: Any, points: Sequence[Point], domain: str, column: int
 
 def _short_name(point: Point) -> str:
     """K4V2 for a uniform plan: the rest of its name stands in the legend."""
-    (key, value), *_ = point.pairs or ((0, 0),)
-    return f"K{key}V{value}"
+    return point.labels[0] if point.labels else ""
 
 
 def _add_predicted(figure: Any, points: Sequence[Point], domain: str, column: int) -> None:
@@ -204,7 +209,8 @@ def bits_figure(point: Point) -> Any:
                 cliponaxis=False,
                 name=name,
                 marker={"color": colour},
-                hovertemplate=f"layer %{{x}}: {name} %{{y}} bits<extra></extra>",
+                customdata=point.labels,
+                hovertemplate=f"layer %{{x}}: {name} %{{y}} bits, %{{customdata}}<extra></extra>",
             )
         )
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.05)

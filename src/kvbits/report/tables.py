@@ -10,7 +10,14 @@ from kvbits.report import numbers
 from kvbits.report.collect import Measurement, PairedComparison, Point, Run, TaskResult
 from kvbits.report.compare import compare_at_equal_bits, same_plans, sensitivity_grids
 
-ORIGINS = {"exact": "search, exact", "nsga2": "search, NSGA-II", "full": "full precision"}
+ORIGINS = {
+    "exact": "search, exact",
+    "exact+": "search, exact+",
+    "moead": "search, MOEA/D",
+    "nsga2": "search, NSGA-II",
+    "tpe": "search, TPE",
+    "full": "full precision",
+}
 
 
 class Table(NamedTuple):
@@ -51,10 +58,26 @@ def summary(run: Run) -> Table:
     if point.effective_bits_at_context is not None and run.context:
         at_context = numbers.bits(point.effective_bits_at_context)
         rows.append((f"at {numbers.count(run.context)} tokens", f"{at_context} effective bits"))
+    rows += bought(run)
     rows.append(("mode", run.mode))
     rows += [(f"KL, {name}", f"{_kl(m)} nats") for name, m in point.measured_kl.items()]
     rows += [(name, _task_sentence(task)) for name, task in point.tasks.items()]
     return Table((), tuple(rows))
+
+
+def bought(run: Run) -> tuple[tuple[str, str], ...]:
+    """What the chosen plan buys in bytes and in tokens, as rows of a name and a sentence."""
+    got = run.bought
+    if not got:
+        return ()
+    rows = f" x {numbers.count(got['batch'])} rows" if got["batch"] > 1 else ""
+    tokens = f"{numbers.count(got['context'])} tokens{rows}"
+    size, full = numbers.size(got["bytes"]), numbers.size(got["bytes_16bit"])
+    more, before = numbers.count(got["tokens"]), numbers.count(got["tokens_16bit"])
+    return (
+        ("bytes", f"{size} for {tokens}, in 16 bits {full}"),
+        ("tokens", f"{more}{rows} in {numbers.size(got['memory'])}, in 16 bits {before}"),
+    )
 
 
 def _task_sentence(task: TaskResult) -> str:
@@ -177,11 +200,12 @@ def _kl_difference(item: PairedComparison) -> str:
 
 
 def layer_bits(point: Point) -> Table:
-    """Key and value width of every layer, layers across."""
+    """What every layer is stored as, layers across: widths, and methods if there are several."""
     header = ("layer", *(str(index) for index in range(len(point.pairs))))
     keys = ("keys", *(str(key) for key, _ in point.pairs))
     values = ("values", *(str(value) for _, value in point.pairs))
-    return Table(header, (keys, values))
+    methods = ("method", *(label.rpartition(" ")[0] for label in point.labels))
+    return Table(header, (keys, values, methods) if any(methods[1:]) else (keys, values))
 
 
 def sensitivities(run: Run) -> tuple[Table, ...]:

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 from kvbits.evaluation.token_set import TokenSet, dataset
 from kvbits.plan import CachePlan, Metric, Provenance
+from kvbits.tuning import rivals
+from kvbits.tuning.budget import bought
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.rivals import Entry
 from kvbits.tuning.sensitivity import Meter, rounded
 from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import Allocation
-from kvbits.tuning.verify import Pairs, Verifier
+from kvbits.tuning.verify import Labels, Verifier
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Findings(NamedTuple):
@@ -28,31 +30,40 @@ class Findings(NamedTuple):
     settings: TuneSettings
     problem: Problem
     domains: tuple[str, ...]
+    bits: float  # the budget, or the size of the plan chosen by quality
     entries: Sequence[Entry]
     front: Sequence[Allocation]
     chosen: Allocation
     verifier: Verifier
 
     @property
+    def origin(self) -> str:
+        """What the search's own plans are called, apart from the rivals of the same kind."""
+        return rivals.searched_origin(self.settings.strategy)
+
+    @property
     def meter(self) -> Meter:
         return self.verifier.meter
 
-    def pairs(self, plan: Allocation) -> Pairs:
-        """Return the plan's pair for every layer of the model."""
-        return tuple(self.meter.every_pair(self.problem.costs.pairs_of(plan.choice)))
+    def labels(self, plan: Allocation) -> Labels:
+        """Return the plan's label of every layer of the model."""
+        return self.meter.candidates.labels(plan.choice)
+
+    def plan(self, plan: Allocation) -> CachePlan:
+        """Return the plan that can be run."""
+        return self.meter.candidates.plan(plan.choice)
 
     def is_chosen(self, entry: Entry) -> bool:
         """Whether this is the plan the search chose (a rival may equal it)."""
-        is_searched = entry.origin == self.settings.strategy
-        return is_searched and entry.allocation.choice == self.chosen.choice
+        return entry.origin == self.origin and entry.allocation.choice == self.chosen.choice
 
 
 def front_document(findings: Findings) -> dict[str, Any]:
     """Return ``front.json``: the verified plans, and the rest of the front as predicted."""
     settings = findings.settings
-    verified = {e.allocation.choice for e in findings.entries if e.origin == settings.strategy}
+    verified = {e.allocation.choice for e in findings.entries if e.origin == findings.origin}
     rest = [
-        Entry(f"{settings.strategy} {plan.effective_bits:.2f}", settings.strategy, plan)
+        Entry(f"{findings.origin} {plan.effective_bits:.2f}", findings.origin, plan)
         for plan in findings.front
         if plan.choice not in verified
     ]
@@ -61,9 +72,12 @@ def front_document(findings: Findings) -> dict[str, Any]:
         "context": settings.context or settings.report_context,
         "budget_counted_at": settings.context,
         "mode": settings.mode,
+        "candidates": list(settings.candidates),
         "strategy": settings.strategy,
         "objective": settings.objective,
-        "budget_bits": settings.bits,
+        "budget_bits": findings.bits,
+        "max_kl": settings.max_kl,
+        "bought": bought(findings.plan(findings.chosen), settings),
         "normalised_by": dict(
             zip(findings.domains, map(rounded, findings.problem.norms), strict=True)
         ),
@@ -73,40 +87,40 @@ def front_document(findings: Findings) -> dict[str, Any]:
 
 
 def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
-    pairs = findings.pairs(entry.allocation)
-    plan = findings.meter.plan(pairs)
+    labels, plan = findings.labels(entry.allocation), findings.plan(entry.allocation)
     context = findings.settings.context or findings.settings.report_context
     predicted = entry.allocation.predicted_kl
-    measured = findings.verifier.kl(pairs)
+    measured = findings.verifier.kl(labels)
     return {
         "name": entry.name,
         "origin": entry.origin,
-        "pairs": [list(pair) for pair in pairs],
+        "labels": list(labels),
+        "pairs": [list(pair) for pair in plan.pairs],
         "effective_bits": rounded(plan.effective_bits),
         "effective_bits_at_context": rounded(plan.effective_bits_at(context)),
         "loss": rounded(entry.allocation.loss),
         "predicted_kl": dict(zip(findings.domains, map(rounded, predicted), strict=True)),
         "measured_kl": {d: {"value": r["kl_nats"], "se": r["kl_se"]} for d, r in measured.items()}
         or None,
-        "tasks": _tasks(findings, pairs) or None,
+        "tasks": _tasks(findings, labels) or None,
         "chosen": findings.is_chosen(entry),
     }
 
 
-def _full(findings: Findings) -> Pairs:
-    return findings.pairs(next(e.allocation for e in findings.entries if e.origin == "full"))
+def _full(findings: Findings) -> Labels:
+    return findings.labels(next(e.allocation for e in findings.entries if e.origin == "full"))
 
 
-def _tasks(findings: Findings, pairs: Pairs) -> dict[str, Any]:
+def _tasks(findings: Findings, labels: Labels) -> dict[str, Any]:
     verifier, full, found = findings.verifier, _full(findings), {}
     for name in verifier.tasks.names:
-        record = verifier.task(pairs, name)
+        record = verifier.task(labels, name)
         if record is None:
             continue
         found[name] = {"accuracy": record["accuracy"], "se": record["accuracy_se"]}
         found[name]["n"] = record["n"]
-        if pairs != full:
-            difference = verifier.task_difference(pairs, full, name)
+        if labels != full:
+            difference = verifier.task_difference(labels, full, name)
             found[name] |= {k: rounded(v) for k, v in difference._asdict().items()}
         else:
             found[name] |= {"difference": None, "low": None, "high": None}
@@ -115,13 +129,13 @@ def _tasks(findings: Findings, pairs: Pairs) -> dict[str, Any]:
 
 def _comparisons(findings: Findings) -> list[dict[str, Any]]:
     """The chosen plan's KL minus each rival's within the budget, paired by document."""
-    chosen = findings.pairs(findings.chosen)
+    chosen = findings.labels(findings.chosen)
     found = []
     for entry in findings.entries:
-        is_rival = entry.origin in ("uniform", "ladder", "random")
-        if not is_rival or not entry.fits(findings.settings.bits):
+        is_rival = entry.origin in rivals.RULES
+        if not is_rival or not entry.fits(findings.bits):
             continue
-        rival = findings.pairs(entry.allocation)
+        rival = findings.labels(entry.allocation)
         found += [
             {
                 "baseline": entry.name,
@@ -143,7 +157,7 @@ def plan_with_account(
     findings: Findings, calibration: Sequence[TokenSet], versions: Mapping[str, str]
 ) -> CachePlan:
     """Return the chosen plan with how it was made and what was measured on held-out data."""
-    pairs = findings.pairs(findings.chosen)
+    labels = findings.labels(findings.chosen)
     provenance = Provenance(
         method=findings.settings.strategy,
         mode=findings.settings.mode,
@@ -151,11 +165,11 @@ def plan_with_account(
         seed=findings.settings.seed,
         versions=dict(versions),
     )
-    metrics = [*_kl_metrics(findings, pairs), *_task_metrics(findings, pairs)]
-    return findings.meter.plan(pairs).with_provenance(provenance).with_metrics(metrics)
+    metrics = [*_kl_metrics(findings, labels), *_task_metrics(findings, labels)]
+    return findings.plan(findings.chosen).with_provenance(provenance).with_metrics(metrics)
 
 
-def _kl_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:
+def _kl_metrics(findings: Findings, labels: Labels) -> list[Metric]:
     return [
         Metric(
             name="kl_nats",
@@ -164,12 +178,12 @@ def _kl_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:
             dataset=dataset(findings.meter.token_sets[domain]),
             num_samples=record["n"],
         )
-        for domain, record in findings.verifier.kl(pairs).items()
+        for domain, record in findings.verifier.kl(labels).items()
     ]
 
 
-def _task_metrics(findings: Findings, pairs: Pairs) -> list[Metric]:
-    records = {n: findings.verifier.task(pairs, n) for n in findings.verifier.tasks.names}
+def _task_metrics(findings: Findings, labels: Labels) -> list[Metric]:
+    records = {n: findings.verifier.task(labels, n) for n in findings.verifier.tasks.names}
     return [
         Metric(
             name=f"{name}_accuracy",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning.settings import TuneSettings
 
-LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "optuna")
+LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn")
+OPTIONAL_LIBRARIES = ("optuna",)
 
 
 class Data(NamedTuple):
@@ -55,7 +57,11 @@ def identity(model: Any, settings: TuneSettings, data: Data) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of kvbits and of the libraries that results depend on."""
-    return {"kvbits": __version__, **{name: version(name) for name in LIBRARIES}}
+    found = {name: version(name) for name in LIBRARIES}
+    for name in OPTIONAL_LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {"kvbits": __version__, **found}
 
 
 def weights_checksum(model: Any, values_per_tensor: int = 4096) -> str:

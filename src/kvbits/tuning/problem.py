@@ -56,9 +56,13 @@ class Problem(NamedTuple):
 
     def score(self, kl_nats: Sequence[float] | FloatArray) -> float:
         """Return the objective of per-domain KLs, predicted or measured, ``[domains]``."""
-        normalised = np.asarray(kl_nats) / self.norms
+        return float(self.scores(np.asarray(kl_nats)))
+
+    def scores(self, kl_nats: FloatArray) -> FloatArray:
+        """Return the objective of each of several plans: ``[..., domains]`` to ``[...]``."""
+        normalised = kl_nats / self.norms
         worst, mean = SHARES[self.objective]
-        return float(worst * normalised.max() + mean * (self.weights * normalised).sum())
+        return np.asarray(worst * normalised.max(-1) + mean * (self.weights * normalised).sum(-1))
 
     def allocation(self, choice: Choice) -> Allocation:
         """Return a choice with its size, its predicted KLs and its objective."""
@@ -76,7 +80,7 @@ def build_problem(
     weights: Sequence[float] | None = None,
 ) -> Problem:
     """Join sensitivities and costs; losses are relative to uniform plans of ``bits``."""
-    kl_nats = table.pair_kl(costs.pairs)
+    kl_nats = table.candidate_kl(costs.candidates)
     weight = np.ones(len(table.domains)) if weights is None else np.asarray(weights, float)
     norms = reference_kl(costs, kl_nats, bits)
     return Problem(costs, kl_nats, norms, weight / weight.sum(), objective)
@@ -91,7 +95,7 @@ def reference_kl(costs: CostTable, kl_nats: FloatArray, bits: float) -> FloatArr
     """
     layers = costs.units.shape[0]
     totals = kl_nats.sum(axis=1)  # [domains, P]
-    sizes = np.array([costs.effective_bits((p,) * layers) for p in range(len(costs.pairs))])
+    sizes = np.array([costs.effective_bits((p,) * layers) for p in range(len(costs.candidates))])
     lossy = [p for p in np.argsort(sizes, kind="stable") if totals[:, p].max() > 0]
     if not lossy:
         return np.ones(len(totals))

@@ -8,22 +8,14 @@ token of a single document can hold most of the KL. Held-out data takes no part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
 
 from kvbits.evaluation.statistics import paired_mean_difference
 from kvbits.tuning.problem import Objective, Problem
-from kvbits.tuning.progress import Progress
-from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.search import baselines
 from kvbits.tuning.search.exact import solve
-from kvbits.tuning.tables import Allocation, Choice
-
-Evaluate: TypeAlias = Callable[[Choice], Sequence[Mapping[str, Any]]]
-"""Measure a choice: per domain ``kl_nats``, ``document_kl_nats`` and ``document_tokens``."""
-Record: TypeAlias = Mapping[str, Any]
-
-RECORDS = "search.jsonl"
+from kvbits.tuning.search.trials import Record
+from kvbits.tuning.tables import Choice
 
 
 def refinement_candidates(problem: Problem, bits: float) -> list[Choice]:
@@ -36,38 +28,21 @@ def refinement_candidates(problem: Problem, bits: float) -> list[Choice]:
     names: tuple[Objective, ...] = (problem.objective, "balanced", "minimax", "sum")
     objectives = [problem._replace(objective=name) for name in names]
     choices = [solve(variant, budget) for variant in objectives]
-    for family in (baselines.uniform(problem), baselines.ladders(problem)):
-        best = baselines.best(problem, family, bits)
+    uniform = baselines.best(problem, baselines.uniform(problem), bits)
+    for best in (uniform, baselines.best_ladder(problem, bits)):
         choices.append(best[1].choice if best is not None else None)
     return list(dict.fromkeys(choice for choice in choices if choice is not None))
 
 
-def refine(
-    problem: Problem,
-    candidates: Sequence[Choice],
-    evaluate: Evaluate,
-    *,
-    run: RunDir,
-    progress: Progress,
-) -> Allocation:
-    """Measure the candidates on calibration data; return the first or a surely better one.
+def better_measured(problem: Problem, measured: Mapping[Choice, Record], first: Choice) -> Choice:
+    """Return the first choice or one that measured surely better on calibration data.
 
     Another is better if its measured loss is smaller and, in the domain that makes most of the
-    difference, the 95 % interval of the paired difference lies above zero. Measurements are lines
-    of ``search.jsonl`` and are not repeated.
+    difference, the 95 % interval of the paired difference lies above zero.
     """
-    measured: dict[Choice, Record] = {tuple(r["choice"]): r for r in run.records(RECORDS)}
-    progress.start("search", len(candidates))
-    for choice in candidates:
-        if choice not in measured:
-            measured[choice] = _record(problem, choice, evaluate(choice))
-            run.append(RECORDS, measured[choice])
-        progress.advance()
-    progress.finish()
-    first = measured[candidates[0]]
-    better = [c for c in candidates if _is_surely_better(problem, measured[c], first)]
-    best = min(better, key=lambda c: float(measured[c]["loss"]), default=candidates[0])
-    return problem.allocation(best)
+    proposal = measured[first]
+    better = [c for c in measured if _is_surely_better(problem, measured[c], proposal)]
+    return min(better, key=lambda c: float(measured[c]["loss"]), default=first)
 
 
 def _is_surely_better(problem: Problem, rival: Record, first: Record) -> bool:
@@ -79,17 +54,3 @@ def _is_surely_better(problem: Problem, rival: Record, first: Record) -> bool:
     first_kl, rival_kl = (each["document_kl_nats"][domain] for each in (first, rival))
     difference = paired_mean_difference(first_kl, rival_kl, first["document_tokens"][domain])
     return difference.low > 0  # false for a single document, whose interval is nan
-
-
-def _record(problem: Problem, choice: Choice, domains: Sequence[Record]) -> dict[str, Any]:
-    kl_nats = [float(domain["kl_nats"]) for domain in domains]
-    return {
-        "choice": choice,
-        "pairs": problem.costs.pairs_of(choice),
-        "effective_bits": problem.costs.effective_bits(choice),
-        "kl_nats": kl_nats,
-        "document_kl_nats": [domain["document_kl_nats"] for domain in domains],
-        "document_tokens": [domain["document_tokens"] for domain in domains],
-        "loss": problem.score(kl_nats),
-        "predicted_loss": problem.allocation(choice).loss,
-    }

@@ -14,17 +14,25 @@ from kvbits.tuning.tables import Allocation
 NEAR_BITS = 1.0
 
 
+RULES = ("uniform", "ladder", "random")
+
+
 class Entry(NamedTuple):
     """One plan to verify."""
 
     name: str
-    origin: str  # exact, nsga2, uniform, ladder, random or full
+    origin: str  # of the search, or uniform, ladder, random or full
     allocation: Allocation
     measures_tasks: bool = False
 
     def fits(self, bits: float) -> bool:
         """Whether the plan stores at most ``bits`` effective bits."""
         return self.allocation.effective_bits <= bits + 1e-9
+
+
+def searched_origin(strategy: str) -> str:
+    """Name what a strategy finds; rules that are rivals too are told apart from those."""
+    return f"best {strategy}" if strategy in RULES else strategy
 
 
 def choose(problem: Problem, front: Sequence[Allocation], bits: float) -> Allocation | None:
@@ -37,7 +45,7 @@ def list_entries(
     problem: Problem,
     front: Sequence[Allocation],
     *,
-    strategy: str,
+    origin: str,
     bits: float,
     chosen: Allocation,
     random_seeds: Sequence[int],
@@ -54,7 +62,7 @@ def list_entries(
     sizes = sorted({*(size for size in packed if abs(size - bits) <= NEAR_BITS), bits})
     listed = [
         Entry("full precision", "full", uniform[-1][1], measures_tasks=True),
-        *_searched(problem, front, strategy, chosen, sizes),
+        *_searched(problem, front, origin, chosen, sizes),
         *(Entry(name, "uniform", plan) for name, plan in uniform[:-1]),
         *_ladders(problem, sizes),
         *_random(problem, bits, random_seeds),
@@ -75,7 +83,7 @@ def _undominated(plans: Iterable[Named]) -> list[Named]:
 def _searched(
     problem: Problem,
     front: Sequence[Allocation],
-    strategy: str,
+    origin: str,
     chosen: Allocation,
     sizes: Iterable[float],
 ) -> list[Entry]:
@@ -91,16 +99,15 @@ def _searched(
         picked.setdefault(plan.choice, plan)
     ordered = sorted(picked.values(), key=lambda plan: plan.effective_bits)
     return [
-        Entry(f"{strategy} {plan.effective_bits:.2f}", strategy, plan, plan is chosen)
+        Entry(f"{origin} {plan.effective_bits:.2f}", origin, plan, plan is chosen)
         for plan in ordered
     ]
 
 
 def _ladders(problem: Problem, sizes: Iterable[float]) -> list[Entry]:
-    family = list(baselines.ladders(problem))
     found = {}
     for size in sizes:
-        best = baselines.best(problem, family, size)
+        best = baselines.best_ladder(problem, size)
         if best is not None:
             found[best[1].choice] = Entry(best[0], "ladder", best[1])
     return list(found.values())
@@ -118,7 +125,7 @@ def _random(problem: Problem, bits: float, seeds: Sequence[int]) -> list[Entry]:
 def _with_tasks(problem: Problem, listed: Sequence[Entry], bits: float) -> list[Entry]:
     """Mark the best fitting entry of every kind of rival."""
     marked = set()
-    for origin in ("uniform", "ladder", "random"):
+    for origin in RULES:
         plans = [(entry.name, entry.allocation) for entry in listed if entry.origin == origin]
         best = baselines.best(problem, plans, bits)
         if best is not None:

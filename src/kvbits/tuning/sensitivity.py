@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kvbits.calibration.attention import observed_attention
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.evaluation.divergence import Divergence, Reference, measure, reference_logits
-from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
-from kvbits.plan.modes import Mode, layer_plan
 from kvbits.tuning.attention_errors import ErrorSums, LayerErrors
+from kvbits.tuning.candidates import Candidates, SideOption
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
-from kvbits.tuning.tables import EXACT_BITS, SIDES, Pair
-
-if TYPE_CHECKING:
-    from kvbits.plan.modes import Settings
+from kvbits.tuning.tables import Choice
 
 KL_RECORDS = "sensitivity.jsonl"
 ERROR_RECORDS = "errors.jsonl"
@@ -37,94 +33,64 @@ class Meter:
     Args:
         model: A causal language model of transformers.
         token_sets: One per domain.
-        mode: What a pair of widths means.
+        candidates: What the columns of a choice mean.
     """
 
-    def __init__(self, model: Any, token_sets: Sequence[TokenSet], mode: Mode) -> None:
+    def __init__(self, model: Any, token_sets: Sequence[TokenSet], candidates: Candidates) -> None:
         self.model = model
-        self.mode = mode
+        self.candidates = candidates
         self.token_sets = {token_set.domain: token_set for token_set in token_sets}
-        self.geometry = ModelGeometry.from_config(model.config)
         self._references: dict[str, Reference] = {}
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Indices of the packable layers: the rows of every table."""
-        return self.geometry.packable_layers
-
-    def every_pair(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Return a pair for every layer of the model, given those of the packable ones."""
-        chosen = dict(zip(self.layers, pairs, strict=True))
-        exact = (EXACT_BITS, EXACT_BITS)
-        return [chosen.get(layer, exact) for layer in range(self.geometry.num_hidden_layers)]
-
-    def plan(self, pairs: Sequence[Pair]) -> CachePlan:
-        """Return the plan that gives every layer of the model its pair."""
-        return CachePlan.from_pairs(self.model.config, pairs, mode=self.mode)
-
-    def divergence(self, pairs: Sequence[Pair], domain: str) -> Divergence:
-        """Measure a plan (a pair for every layer) against full precision on one domain."""
+    def divergence(self, plan: CachePlan, domain: str) -> Divergence:
+        """Measure a plan against full precision on one domain."""
         token_set = self.token_sets[domain]
         if domain not in self._references:
             self._references[domain] = reference_logits(self.model, token_set)
-        return measure(self.model, self.plan(pairs), token_set, self._references[domain])
+        return measure(self.model, plan, token_set, self._references[domain])
 
-    def kl_nats(self, pairs: Sequence[Pair]) -> tuple[float, ...]:
-        """Return the KL of every domain for one pair per packable layer, nats per token."""
-        every = self.every_pair(pairs)
-        return tuple(rounded(self.divergence(every, domain).kl_nats) for domain in self.token_sets)
-
-    def document_kl(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    def document_kl(self, choice: Choice) -> list[dict[str, Any]]:
         """Return, per domain, the KL and that of every document with its counted tokens."""
-        every = self.every_pair(pairs)
+        plan = self.candidates.plan(choice)
         return [
             {
                 "kl_nats": rounded(result.kl_nats),
                 "document_kl_nats": [rounded(value) for value in result.document_kl_nats],
                 "document_tokens": list(result.document_tokens),
             }
-            for result in (self.divergence(every, domain) for domain in self.token_sets)
+            for result in (self.divergence(plan, domain) for domain in self.token_sets)
         ]
 
 
 class IsolatedSide(NamedTuple):
-    """One measurement of the profile: one side of one layer at one width on one domain."""
+    """One measurement of the profile: one codec of one layer on one domain, all else exact."""
 
     domain: str
     layer: int
-    side: str
-    bits: int
-
-    def pairs(self, meter: Meter) -> list[Pair]:
-        """Return the plan: this side of this layer quantized, all else exact."""
-        pair = (self.bits, EXACT_BITS) if self.side == "key" else (EXACT_BITS, self.bits)
-        exact = (EXACT_BITS, EXACT_BITS)
-        layers = range(meter.geometry.num_hidden_layers)
-        return [pair if layer == self.layer else exact for layer in layers]
+    label: str
 
 
-def profile_kl(
-    meter: Meter, widths: Sequence[int], *, run: RunDir, progress: Progress
-) -> list[dict[str, Any]]:
-    """Measure the isolated forward KL of every side, width and domain; resume where a run stopped.
+def profile_kl(meter: Meter, *, run: RunDir, progress: Progress) -> list[dict[str, Any]]:
+    """Measure the isolated forward KL of every layer, codec and domain; resume a stopped run.
 
     Returns:
         The lines of ``sensitivity.jsonl``.
     """
     records = run.records(KL_RECORDS)
-    done = {IsolatedSide(r["domain"], r["layer"], r["side"], r["bits"]) for r in records}
-    steps = list(_steps(meter, widths))
+    done = {IsolatedSide(r["domain"], r["layer"], r["label"]) for r in records}
+    steps = list(_steps(meter))
     progress.start("sensitivity", len(steps))
     progress.advance(len(done))
-    for step in steps:
+    for step, option in steps:
         if step in done:
             continue
-        result = meter.divergence(step.pairs(meter), step.domain)
+        plan = meter.candidates.isolated(step.layer, option)
+        result = meter.divergence(plan, step.domain)
         record = {
             "layer": step.layer,
-            "side": step.side,
-            "bits": step.bits,
-            "mode": meter.mode,
+            "side": option.side,
+            "bits": option.bits,
+            "label": option.label,
             "domain": step.domain,
             "kl_nats": rounded(result.kl_nats),
             "kl_se": rounded_or_none(result.kl_se),
@@ -137,13 +103,12 @@ def profile_kl(
     return records
 
 
-def _steps(meter: Meter, widths: Sequence[int]) -> Iterator[IsolatedSide]:
+def _steps(meter: Meter) -> Iterator[tuple[IsolatedSide, SideOption]]:
     return (
-        IsolatedSide(domain, layer, side, bits)
+        (IsolatedSide(domain, layer, option.label), option)
         for domain in meter.token_sets
-        for layer in meter.layers
-        for side in SIDES
-        for bits in widths
+        for layer in meter.candidates.layers
+        for option in meter.candidates.sides
     )
 
 
@@ -157,48 +122,45 @@ def rounded_or_none(value: float) -> float | None:
     return None if math.isnan(value) else rounded(value)
 
 
-def profile_errors(
-    meter: Meter, pairs: Sequence[Pair], *, run: RunDir, progress: Progress
-) -> list[dict[str, Any]]:
-    """Measure e_k, e_v, e_a and e_o of every packable layer and pair on the calibration documents.
+def profile_errors(meter: Meter, *, run: RunDir, progress: Progress) -> list[dict[str, Any]]:
+    """Measure e_k, e_v, e_a and e_o of every layer and candidate on the calibration documents.
 
     Every document counts the same within its domain, and every domain the same.
 
     Returns:
         The lines of ``errors.jsonl``.
     """
+    layers, columns = meter.candidates.layers, meter.candidates.columns
     records = run.records(ERROR_RECORDS)
-    if len(records) == len(meter.layers) * len(pairs):
+    if len(records) == len(layers) * len(columns):
         return records
     run.file(ERROR_RECORDS).unlink(missing_ok=True)
-    means = _mean_errors(meter, pairs, progress)
+    means = _mean_errors(meter, progress)
     records = [
         {
             "layer": layer,
-            "pair": list(pair),
-            "mode": meter.mode,
+            "label": column.label,
             **{n: rounded(v) for n, v in zip(LayerErrors._fields, row.tolist(), strict=True)},
         }
-        for layer, of_layer in zip(meter.layers, means, strict=True)
-        for pair, row in zip(pairs, of_layer, strict=True)
+        for layer, of_layer in zip(layers, means, strict=True)
+        for column, row in zip(columns, of_layer, strict=True)
     ]
     for record in records:
         run.append(ERROR_RECORDS, record)
     return records
 
 
-def _mean_errors(meter: Meter, pairs: Sequence[Pair], progress: Progress) -> torch.Tensor:
-    settings: Settings = {}
-    layers = meter.geometry.layers
+def _mean_errors(meter: Meter, progress: Progress) -> torch.Tensor:
+    candidates = meter.candidates
     plans = [
-        [layer_plan(layers[index], [pair], meter.mode, settings) for pair in pairs]
-        for index in meter.layers
+        [candidates.layer_plan(layer, column) for column in range(len(candidates.columns))]
+        for layer in candidates.layers
     ]
     total = sum(token_set.num_documents for token_set in meter.token_sets.values())
     progress.start("attention errors", total)
     domains = []
     for token_set in meter.token_sets.values():
-        sums = ErrorSums(plans, meter.layers)
+        sums = ErrorSums(plans, candidates.layers)
         with observed_attention(meter.model, sums.observe, num_queries=NUM_QUERIES):
             for document in _documents(token_set):
                 with torch.no_grad():

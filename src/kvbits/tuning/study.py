@@ -18,6 +18,9 @@ from kvbits.evaluation.corpora import TokenSet, default_sets
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning import rivals
+from kvbits.tuning.budget import limit_of
+from kvbits.tuning.calibrated import calibrating
+from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
 from kvbits.tuning.front import Findings, front_document, plan_with_account
@@ -25,17 +28,15 @@ from kvbits.tuning.identity import Data, identity, versions
 from kvbits.tuning.problem import Problem, build_problem
 from kvbits.tuning.progress import Progress, Silent
 from kvbits.tuning.prune import pareto_sets
-from kvbits.tuning.refine import refine, refinement_candidates
 from kvbits.tuning.rundir import RunDir
-from kvbits.tuning.search import exact, nsga2
+from kvbits.tuning.search.optuna_samplers import check_optuna
+from kvbits.tuning.search.trials import Limit, Space
 from kvbits.tuning.sensitivity import Meter, profile_errors, profile_kl
-from kvbits.tuning.settings import TuneSettings
+from kvbits.tuning.settings import DEFAULT_BITS, TuneSettings
+from kvbits.tuning.strategies import Found, Search, search
 from kvbits.tuning.tables import (
-    Allocation,
-    Choice,
     CostTable,
     FloatArray,
-    candidate_pairs,
     sensitivity_table,
 )
 from kvbits.tuning.verify import TaskSettings, Verifier
@@ -54,7 +55,9 @@ class _Study(NamedTuple):
     tokenizer: Any
     settings: TuneSettings
     data: Data
+    candidates: Candidates
     costs: CostTable
+    limit: Limit
     run: RunDir
     progress: Progress
 
@@ -84,14 +87,20 @@ def tune(
         ValueError: No plan fits the budget.
         UnsupportedModelError: The model has no layer that can be packed.
     """
-    costs = _costs(model, settings)
+    candidates = _candidates(model, settings)
+    costs = cost_table(candidates, context=settings.context, batch=settings.batch)
+    limit = limit_of(settings, candidates, costs)
+    if settings.strategy in ("nsga2", "tpe"):
+        check_optuna()
     data = data or default_data(tokenizer, settings)
     _check_weights(settings, data.calibration)
-    run = RunDir(run_dir)
-    study = _Study(model, tokenizer, settings, data, costs, run, progress or Silent())
+    run, progress = RunDir(run_dir), progress or Silent()
     with run.lock():
         run.check_identity(identity(model, settings, data))
-        findings = _verify(study, _search(study))
+        make = calibrating(model, data.calibration, run=run, progress=progress)
+        candidates = _candidates(model, settings, make)
+        study = _Study(model, tokenizer, settings, data, candidates, costs, limit, run, progress)
+        findings = _verify(study, *_search(study))
         document = front_document(findings)
         plan = plan_with_account(findings, data.calibration, versions())
         run.write_json("front.json", document)
@@ -108,22 +117,22 @@ def default_data(tokenizer: Any, settings: TuneSettings) -> Data:
     )
 
 
-def _costs(model: Any, settings: TuneSettings) -> CostTable:
+def _candidates(model: Any, settings: TuneSettings, make: MakePlan | None = None) -> Candidates:
+    """The study's candidates; without ``make``, those of calibrated methods have their size only.
+
+    Raises:
+        UnsupportedModelError: The model has no layer that can be packed.
+    """
     geometry = ModelGeometry.from_config(model.config)
     if not geometry.packable_layers:
         raise UnsupportedModelError(
             "model must have a full attention layer, the only kind that is packed, got "
             f"{geometry.architecture} with none"
         )
-    pairs = candidate_pairs(settings.widths)
-    costs = cost_table(geometry, pairs, settings.mode, context=settings.context)
-    smallest = costs.units.min(axis=1).sum() * costs.unit_bits / costs.num_values
-    if smallest > settings.bits + 1e-9:
-        raise ValueError(
-            f"bits must be at least {smallest:.2f} effective bits, what the smallest plan stores "
-            f"with its metadata, got {settings.bits:g}; raise bits or add narrower widths"
-        )
-    return costs
+    is_joint = settings.granularity == "layer"
+    if settings.mode is not None:
+        return of_mode(model.config, settings.mode, settings.widths, is_joint=is_joint)
+    return of_methods(model.config, settings.candidates, settings.widths, make, is_joint=is_joint)
 
 
 def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> None:
@@ -135,100 +144,72 @@ def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> No
         )
 
 
-class _Found(NamedTuple):
-    problem: Problem
-    front: list[Allocation]
-    chosen: Allocation
-
-
-def _search(study: _Study) -> _Found:
+def _search(study: _Study) -> tuple[Problem, Found]:
     settings, costs, run = study.settings, study.costs, study.run
-    meter = Meter(study.model, study.data.calibration, settings.mode)
-    error_records = profile_errors(meter, costs.pairs, run=run, progress=study.progress)
+    meter = Meter(study.model, study.data.calibration, study.candidates)
+    error_records = profile_errors(meter, run=run, progress=study.progress)
     table = sensitivity_table(
-        profile_kl(meter, settings.widths, run=run, progress=study.progress),
+        profile_kl(meter, run=run, progress=study.progress),
         domains=tuple(meter.token_sets),
-        widths=settings.widths,
-        layers=meter.layers,
+        sides=[option.label for option in study.candidates.sides],
+        layers=study.candidates.layers,
     )
     problem = build_problem(
         table,
         costs,
-        bits=settings.bits,
+        bits=study.limit.bits or DEFAULT_BITS,
         objective=settings.objective,
         weights=settings.domain_weights,
     )
     errors = np.array([record["e_o"] for record in error_records]).reshape(costs.units.shape)
-    space = _prune(meter, costs, errors, run)
-    if settings.strategy == "nsga2":
-        front = _evolve(study, meter, problem, space)
-        return _Found(problem, front, _fitting(problem, front, settings))
-    # The programme needs no pruning: it takes every candidate of every layer.
-    front = exact.solve_front(problem, exact.budget_grid(costs, settings.bits))
-    chosen = refine(
+    given = Search(
         problem,
-        refinement_candidates(problem, settings.bits),
-        lambda choice: meter.document_kl(costs.pairs_of(choice)),
-        run=run,
-        progress=study.progress,
+        _prune(study, errors),
+        meter.document_kl,
+        settings,
+        study.limit,
+        run,
+        study.progress,
     )
-    return _Found(problem, front, chosen)
+    return problem, search(given)
 
 
-def _fitting(problem: Problem, front: Sequence[Allocation], settings: TuneSettings) -> Allocation:
-    chosen = rivals.choose(problem, front, settings.bits)
-    if chosen is None:
-        raise ValueError(
-            f"trials must be enough to find a plan within {settings.bits:g} bits, "
-            f"got {settings.trials}; strategy exact always finds one"
-        )
-    return chosen
-
-
-def _evolve(study: _Study, meter: Meter, problem: Problem, space: nsga2.Space) -> list[Allocation]:
-    def evaluate(choice: Choice) -> tuple[float, ...]:
-        return meter.kl_nats(problem.costs.pairs_of(choice))
-
-    settings = study.settings
-    limits = nsga2.Settings(settings.trials, settings.population, settings.seed, settings.bits)
-    return nsga2.search(problem, space, evaluate, limits, run=study.run, progress=study.progress)
-
-
-def _prune(meter: Meter, costs: CostTable, errors: FloatArray, run: RunDir) -> nsga2.Space:
+def _prune(study: _Study, errors: FloatArray) -> Space:
     """Prune and cluster on e_o; write ``pruned.json``."""
+    costs, layers = study.costs, study.candidates.layers
     kept = pareto_sets(costs, errors)
     groups = cluster_layers(kept, errors)
     candidates = {
-        str(layer): [costs.pairs[index] for index in indices]
-        for layer, indices in zip(meter.layers, kept, strict=True)
+        str(layer): [costs.candidates[index].label for index in indices]
+        for layer, indices in zip(layers, kept, strict=True)
     }
-    named = [[meter.layers[row] for row in group] for group in groups]
-    run.write_json(
+    named = [[layers[row] for row in group] for group in groups]
+    study.run.write_json(
         "pruned.json", {"sensitivity": "e_o", "candidates": candidates, "groups": named}
     )
-    return nsga2.Space(groups, tuple(kept[group[0]] for group in groups))
+    return Space(groups, tuple(kept[group[0]] for group in groups))
 
 
-def _verify(study: _Study, found: _Found) -> Findings:
+def _verify(study: _Study, problem: Problem, found: Found) -> Findings:
     settings = study.settings
+    bits = study.limit.bits or found.chosen.effective_bits
     entries = rivals.list_entries(
-        found.problem,
+        problem,
         found.front,
-        strategy=settings.strategy,
-        bits=settings.bits,
+        origin=rivals.searched_origin(settings.strategy),
+        bits=bits,
         chosen=found.chosen,
         random_seeds=[1000 * settings.seed + n for n in range(settings.random_plans)],
     )
     verifier = Verifier(
-        Meter(study.model, study.data.heldout, settings.mode),
+        Meter(study.model, study.data.heldout, study.candidates),
         study.tokenizer,
         TaskSettings(settings.tasks, settings.task_n, settings.seed),
         study.run,
     )
     domains = tuple(token_set.domain for token_set in study.data.calibration)
     findings = Findings(
-        settings, found.problem, domains, entries, found.front, found.chosen, verifier
+        settings, problem, domains, bits, entries, found.front, found.chosen, verifier
     )
-    plans = [(entry, findings.pairs(entry.allocation)) for entry in entries]
-    verifier.run_all(plans, study.progress)
+    verifier.run_all(entries, study.progress)
     return findings

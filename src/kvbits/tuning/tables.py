@@ -14,50 +14,45 @@ import numpy.typing as npt
 
 from kvbits.errors import RecordError
 
-Pair: TypeAlias = tuple[int, int]
 Choice: TypeAlias = tuple[int, ...]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
-EXACT_BITS = 16
-SIDES = ("key", "value")
+EXACT_LABEL = "K16V16"
 
 
-def candidate_pairs(widths: Sequence[int]) -> tuple[Pair, ...]:
-    """Return every (key bits, value bits) of ``widths``, widest first, and the exact pair.
+class Candidate(NamedTuple):
+    """One way to store a layer, a column of every table; None is a side that stays exact."""
 
-    >>> candidate_pairs((4, 2))
-    ((16, 16), (4, 4), (4, 2), (2, 4), (2, 2))
-    """
-    ordered = sorted(set(widths), reverse=True)
-    packed = [(key, value) for key in ordered for value in ordered]
-    return ((EXACT_BITS, EXACT_BITS), *packed)
+    label: str
+    key: str | None
+    value: str | None
 
 
 class SensitivityTable(NamedTuple):
-    """Isolated forward KLs: what each side of each layer costs when it alone is quantized."""
+    """Isolated forward KLs: what each codec of each layer costs when it alone is used."""
 
     domains: tuple[str, ...]
-    widths: tuple[int, ...]
-    kl_nats: FloatArray  # [domains, L, 2 sides, widths], nats per token
+    sides: tuple[str, ...]  # labels of the codecs, of keys and of values
+    kl_nats: FloatArray  # [domains, L, sides], nats per token
 
-    def pair_kl(self, pairs: Sequence[Pair]) -> FloatArray:
-        """Return the additive estimate of every pair, ``[domains, L, P]``, in nats per token.
+    def candidate_kl(self, candidates: Sequence[Candidate]) -> FloatArray:
+        """Return the additive estimate of every candidate, ``[domains, L, P]``, nats per token.
 
-        Isolated KLs add up over sides and layers to within a few per cent; 16 bits cost nothing.
+        Isolated KLs add up over sides and layers to within a few per cent; an exact side costs
+        nothing.
         """
-        columns = {EXACT_BITS: np.zeros(self.kl_nats.shape[:3])}
-        columns |= {bits: self.kl_nats[..., i] for i, bits in enumerate(self.widths)}
-        estimates = [columns[key][..., 0] + columns[value][..., 1] for key, value in pairs]
-        return np.stack(estimates, axis=-1)
+        columns: dict[str | None, FloatArray] = {None: np.zeros(self.kl_nats.shape[:2])}
+        columns |= {label: self.kl_nats[..., i] for i, label in enumerate(self.sides)}
+        return np.stack([columns[each.key] + columns[each.value] for each in candidates], axis=-1)
 
 
 def sensitivity_table(
     records: Iterable[Mapping[str, Any]],
     *,
     domains: Sequence[str],
-    widths: Sequence[int],
+    sides: Sequence[str],
     layers: Sequence[int],
 ) -> SensitivityTable:
     """Assemble the table from the lines of ``sensitivity.jsonl``, one row per layer of ``layers``.
@@ -65,38 +60,37 @@ def sensitivity_table(
     Negative estimates (rounding noise of sides that cost nothing) count as zero.
 
     Raises:
-        RecordError: A layer, side, width or domain has no record.
+        RecordError: A layer, side or domain has no record.
     """
-    kl_nats = np.full((len(domains), len(layers), len(SIDES), len(widths)), np.nan)
+    kl_nats = np.full((len(domains), len(layers), len(sides)), np.nan)
     for record in records:
         index = (
             domains.index(record["domain"]),
             layers.index(record["layer"]),
-            SIDES.index(record["side"]),
-            widths.index(record["bits"]),
+            sides.index(record["label"]),
         )
         kl_nats[index] = max(0.0, record["kl_nats"])
     missing = np.argwhere(np.isnan(kl_nats))
     if missing.size:
-        domain, row, side, width = missing[0]
+        domain, row, side = missing[0]
         raise RecordError(
-            f"sensitivity must hold every layer, side, width and domain, got {len(missing)} gaps, "
-            f"first at layer {layers[row]}, {SIDES[side]}, {widths[width]} bits, {domains[domain]}"
+            f"sensitivity must hold every layer, side and domain, got {len(missing)} gaps, "
+            f"first at layer {layers[row]}, {sides[side]}, {domains[domain]}"
         )
-    return SensitivityTable(tuple(domains), tuple(widths), kl_nats)
+    return SensitivityTable(tuple(domains), tuple(sides), kl_nats)
 
 
 class CostTable(NamedTuple):
     """Stored size of every candidate in every layer, in whole units, so that budgets are exact.
 
     Attributes:
-        pairs: The candidates, one per column.
+        candidates: One per column.
         units: ``[L, P]`` stored size in units.
         num_values: Values stored by all packable layers together, in the same accounting.
         unit_bits: Bits in one unit.
     """
 
-    pairs: tuple[Pair, ...]
+    candidates: tuple[Candidate, ...]
     units: IntArray
     num_values: int
     unit_bits: float
@@ -113,9 +107,9 @@ class CostTable(NamedTuple):
         """Return the most units that ``bits`` effective bits allow, rounded down."""
         return int(np.floor(bits * self.num_values / self.unit_bits + 1e-9))
 
-    def pairs_of(self, choice: Choice) -> tuple[Pair, ...]:
-        """Return the pair of each layer."""
-        return tuple(self.pairs[index] for index in choice)
+    def labels(self, choice: Choice) -> tuple[str, ...]:
+        """Return the candidate's label of each layer."""
+        return tuple(self.candidates[index].label for index in choice)
 
 
 class Allocation(NamedTuple):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 from kvbits.evaluation.accuracy import run_task
 from kvbits.evaluation.statistics import Difference, paired_difference, paired_mean_difference
 from kvbits.evaluation.tasks import TASKS
-from kvbits.plan import Pair
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rivals import Entry
 from kvbits.tuning.rundir import RunDir
@@ -20,9 +19,9 @@ from kvbits.tuning.sensitivity import Meter, rounded, rounded_or_none
 
 RECORDS = "verify.jsonl"
 
-Pairs: TypeAlias = tuple[Pair, ...]
-Key: TypeAlias = tuple[Pairs, str]
-"""A plan, as a pair for every layer, and the domain or task it was measured on."""
+Labels: TypeAlias = tuple[str, ...]
+Key: TypeAlias = tuple[Labels, str]
+"""A plan, as the label of every layer, and the domain or task it was measured on."""
 
 
 class TaskSettings(NamedTuple):
@@ -49,19 +48,25 @@ class Verifier:
         for record in run.records(RECORDS):
             self._file(record)
 
-    def run_all(self, plans: Sequence[tuple[Entry, Pairs]], progress: Progress) -> None:
+    def labels(self, entry: Entry) -> Labels:
+        """Return the label of every layer of a plan."""
+        return self.meter.candidates.labels(entry.allocation.choice)
+
+    def run_all(self, entries: Sequence[Entry], progress: Progress) -> None:
         """Measure what is not recorded yet: KLs of all plans, tasks of those that ask for them.
 
         Equal plans are measured once. Full precision has no KL to itself.
         """
         names = self.tasks.names if self.tasks.n else ()
         steps: list[tuple[Key, Entry, Callable[[Entry, Key], dict[str, Any]]]] = []
-        for entry, pairs in plans:
+        for entry in entries:
             if entry.origin != "full":
-                steps += [((pairs, d), entry, self._measure_kl) for d in self.meter.token_sets]
-        for entry, pairs in plans:
+                labels = self.labels(entry)
+                steps += [((labels, d), entry, self._measure_kl) for d in self.meter.token_sets]
+        for entry in entries:
             if entry.measures_tasks:
-                steps += [((pairs, name), entry, self._measure_task) for name in names]
+                labels = self.labels(entry)
+                steps += [((labels, name), entry, self._measure_task) for name in names]
         progress.start("verification", len(steps))
         for key, entry, measure in steps:
             if key not in self.records:
@@ -71,42 +76,42 @@ class Verifier:
             progress.advance()
         progress.finish()
 
-    def kl(self, pairs: Pairs) -> dict[str, Mapping[str, Any]]:
+    def kl(self, labels: Labels) -> dict[str, Mapping[str, Any]]:
         """Return the KL records of a plan by domain; empty where it was not measured."""
-        keys = {domain: (pairs, domain) for domain in self.meter.token_sets}
+        keys = {domain: (labels, domain) for domain in self.meter.token_sets}
         return {name: self.records[key] for name, key in keys.items() if key in self.records}
 
-    def task(self, pairs: Pairs, name: str) -> Mapping[str, Any] | None:
+    def task(self, labels: Labels, name: str) -> Mapping[str, Any] | None:
         """Return the record of a plan on a task, if it was run."""
-        return self.records.get((pairs, name))
+        return self.records.get((labels, name))
 
-    def kl_difference(self, a: Pairs, b: Pairs, domain: str) -> Difference:
+    def kl_difference(self, a: Labels, b: Labels, domain: str) -> Difference:
         """Return KL of ``a`` minus that of ``b`` over the same documents, with a 95 % interval."""
         first, second = self.records[a, domain], self.records[b, domain]
         return paired_mean_difference(
             first["document_kl_nats"], second["document_kl_nats"], first["document_tokens"]
         )
 
-    def task_difference(self, a: Pairs, b: Pairs, name: str) -> Difference:
+    def task_difference(self, a: Labels, b: Labels, name: str) -> Difference:
         """Return accuracy of ``a`` minus that of ``b`` on the same problems, 95 % interval."""
         return paired_difference(
             self.records[a, name]["correct"], self.records[b, name]["correct"]
         )
 
     def _file(self, record: Mapping[str, Any]) -> None:
-        pairs = tuple((int(key), int(value)) for key, value in record["pairs"])
-        self.records[pairs, record["domain"] or record["task"]] = record
+        self.records[tuple(record["labels"]), record["domain"] or record["task"]] = record
 
     def _measure_kl(self, entry: Entry, key: Key) -> dict[str, Any]:
-        pairs, domain = key
+        labels, domain = key
         token_set = self.meter.token_sets[domain]
-        result = self.meter.divergence(pairs, domain)
+        plan = self.meter.candidates.plan(entry.allocation.choice)
+        result = self.meter.divergence(plan, domain)
         return {
             "kind": "kl",
             "name": entry.name,
             "origin": entry.origin,
-            "pairs": pairs,
-            "effective_bits": self.meter.plan(pairs).effective_bits,
+            "labels": labels,
+            "effective_bits": plan.effective_bits,
             "domain": domain,
             "task": None,
             "data": token_set.name,
@@ -127,8 +132,8 @@ class Verifier:
         }
 
     def _measure_task(self, entry: Entry, key: Key) -> dict[str, Any]:
-        pairs, name = key
-        is_full = entry.origin == "full"
+        labels, name = key
+        plan = self.meter.candidates.plan(entry.allocation.choice)
         result = run_task(
             self.meter.model,
             self.tokenizer,
@@ -136,14 +141,14 @@ class Verifier:
             n=self.tasks.n,
             seed=self.tasks.seed,
             split="test",
-            plan=None if is_full else self.meter.plan(pairs),
+            plan=None if entry.origin == "full" else plan,
         )
         return {
             "kind": "task",
             "name": entry.name,
             "origin": entry.origin,
-            "pairs": pairs,
-            "effective_bits": self.meter.plan(pairs).effective_bits,
+            "labels": labels,
+            "effective_bits": plan.effective_bits,
             "domain": None,
             "task": name,
             "data": name,

@@ -1,1 +1,1 @@
-"""Search strategies: ways to choose one candidate pair per layer under a budget."""
+"""Parts of search strategies: ways to choose one candidate per layer under a budget."""

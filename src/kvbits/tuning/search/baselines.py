@@ -6,48 +6,65 @@ picks the best member for the comparison, as it does for the search.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
 
 from kvbits.tuning.problem import Problem
-from kvbits.tuning.tables import Allocation
+from kvbits.tuning.tables import Allocation, Choice
 
 Named: TypeAlias = tuple[str, Allocation]
 
 
 def uniform(problem: Problem) -> list[Named]:
-    """Return every uniform plan, named ``K4V2``, smallest first."""
+    """Return every uniform plan, named by its candidate's label, smallest first."""
     layers = problem.costs.units.shape[0]
     plans = [
-        (f"K{key}V{value}", problem.allocation((index,) * layers))
-        for index, (key, value) in enumerate(problem.costs.pairs)
+        (candidate.label, problem.allocation((index,) * layers))
+        for index, candidate in enumerate(problem.costs.candidates)
     ]
     return sorted(plans, key=lambda named: named[1].effective_bits)
 
 
-def ladders(problem: Problem) -> Iterator[Named]:
-    """Yield every ladder: the first ``a`` and the last ``b`` layers at one pair, the rest cheaper.
+def best_ladder(problem: Problem, bits: float) -> Named | None:
+    """Return the ladder of least predicted loss within ``bits``, or None where none fits.
 
-    The rule of thumb that engines offer as "skip the first and last layers". Here ``a`` and ``b``
-    are free; the usual symmetric ladders are among them.
+    The first ``a`` and the last ``b`` layers at one candidate, the rest at a cheaper one: the rule
+    of thumb that engines offer as "skip the first and last layers". Here ``a`` and ``b`` are free
+    and every two candidates are tried; of equals the smaller plan is taken.
     """
-    costs = problem.costs
+    here, costs = problem.at(bits), problem.costs
     layers = costs.units.shape[0]
     totals = costs.units.sum(axis=0)
-    for high, (key, value) in enumerate(costs.pairs):
-        for low in np.flatnonzero(totals < totals[high]):
-            other = costs.pairs[int(low)]
-            for first in range(layers + 1):
-                for last in range(layers - first):
-                    choice = (high,) * first + (int(low),) * (layers - first - last)
-                    choice += (high,) * last
-                    name = (
-                        f"first {first}, last {last} K{key}V{value}, rest K{other[0]}V{other[1]}"
-                    )
-                    if first + last:
-                        yield name, problem.allocation(choice)
+    ends = [(a, b) for a in range(layers + 1) for b in range(layers - a) if a + b]
+    if not ends:  # a model of one layer has uniform plans only
+        return None
+    first, last = np.array(ends).T
+    # What the ends hold under each candidate, [..., ladders, P].
+    heads = np.concatenate([np.zeros_like(costs.units[:1]), costs.units.cumsum(axis=0)])
+    at_ends = heads[first] + heads[-1] - heads[layers - last]
+    kls = np.concatenate([np.zeros_like(here.kl_nats[:, :1]), here.kl_nats.cumsum(axis=1)], axis=1)
+    kl_at_ends = kls[:, first] + kls[:, -1:] - kls[:, layers - last]
+    found: list[tuple[float, int, int, int, int]] = []
+    for high, total in enumerate(totals):
+        for low in np.flatnonzero(totals < total).tolist():
+            units = at_ends[:, high] + totals[low] - at_ends[:, low]
+            fitting = np.flatnonzero(units <= costs.budget(bits))
+            if not fitting.size:
+                continue
+            kl = kl_at_ends[..., high] + kls[:, -1:, low] - kl_at_ends[..., low]
+            losses = here.scores(kl[:, fitting].T)
+            index = int(np.lexsort((units[fitting], losses))[0])
+            pick = int(fitting[index])
+            found.append((float(losses[index]), int(units[pick]), high, low, pick))
+    if not found:
+        return None
+    _, _, high, low, pick = min(found)
+    a, b = ends[pick]
+    choice = (high,) * a + (low,) * (layers - a - b) + (high,) * b
+    labels = [costs.candidates[index].label for index in (high, low)]
+    return f"first {a}, last {b} {labels[0]}, rest {labels[1]}", problem.allocation(choice)
 
 
 def random_plan(problem: Problem, bits: float, *, seed: int) -> Allocation | None:
@@ -71,6 +88,18 @@ def random_plan(problem: Problem, bits: float, *, seed: int) -> Allocation | Non
         layer = generator.choice(np.flatnonzero(steps <= left))
         choice[layer] = generator.choice(np.flatnonzero(growth[layer] == steps[layer]))
         left -= int(steps[layer])
+
+
+def random_choices(
+    problem: Problem, bits: float | None, number: int, *, seed: int
+) -> list[Choice]:
+    """Return random plans that fill sizes drawn evenly between the smallest plan and ``bits``."""
+    generator = np.random.default_rng(seed)
+    plans = uniform(problem)
+    low, high = plans[0][1].effective_bits, bits or plans[-1][1].effective_bits
+    sizes = [high, *generator.uniform(low, high, number - 1)]
+    found = (random_plan(problem, size, seed=seed + i) for i, size in enumerate(sizes))
+    return [plan.choice for plan in found if plan is not None]
 
 
 def best(problem: Problem, plans: Iterable[Named], bits: float) -> Named | None:

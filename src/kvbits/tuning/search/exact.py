@@ -24,7 +24,14 @@ from typing import NamedTuple
 import numpy as np
 
 from kvbits.tuning.problem import SHARES, Problem
-from kvbits.tuning.tables import Allocation, Choice, CostTable, FloatArray, IntArray
+from kvbits.tuning.tables import (
+    Allocation,
+    BoolArray,
+    Choice,
+    CostTable,
+    FloatArray,
+    IntArray,
+)
 
 # HiGHS stops at this relative gap; plans this close cannot be told apart by measuring.
 RELATIVE_GAP = 1e-6
@@ -46,16 +53,45 @@ def solve(problem: Problem, budget: int) -> Choice | None:
     mean = np.tensordot(problem.weights, problem.loss, axes=1)  # [L, P]
     terms = _Terms(problem.loss, worst, share * mean)
     # The solver's absolute tolerances need losses of order one: the relaxation gives the scale.
-    scale = terms.value(_minimise(terms, units, budget, is_relaxed=True)) or 1.0
+    useful = ~_is_dominated(units, problem.loss)
+    scale = terms.value(_minimise(terms, units, budget, useful, is_relaxed=True)) or 1.0
     terms = _Terms(problem.loss / scale, worst, share * mean / scale)
-    solutions = [_minimise(terms, units, budget)]
+    solutions = [_minimise(terms, units, budget, useful)]
     if not share:
         limit = terms.value(solutions[0])
         solutions.append(
-            _minimise(_Terms(terms.rows, 0.0, mean / scale), units, budget, limit=limit)
+            _minimise(_Terms(terms.rows, 0.0, mean / scale), units, budget, useful, limit=limit)
         )
     choices = [tuple(int(i) for i in x.argmax(axis=1)) for x in solutions]
     return min(choices, key=lambda c: (problem.allocation(c).loss, mean[range(len(c)), c].sum()))
+
+
+def smallest(problem: Problem, kl_nats: float) -> Choice:
+    """Return the smallest plan whose additive KL is at most ``kl_nats`` in every domain.
+
+    The exact layer has none, so that there always is one.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    units, kl = problem.costs.units, problem.kl_nats
+    size = units.size
+    result = milp(
+        c=units.ravel() / np.gcd.reduce(units, axis=None),
+        constraints=[
+            LinearConstraint(_one_hot(*units.shape), 1, 1),
+            LinearConstraint(kl.reshape(len(kl), size) / kl_nats, -np.inf, 1),
+        ],
+        integrality=np.ones(size),
+        bounds=Bounds(0, (~_is_dominated(units, kl)).ravel().astype(float)),
+    )
+    if result.x is None:
+        raise RuntimeError(f"the integer programme must have a solution, got {result.message!r}")
+    return tuple(int(i) for i in np.reshape(result.x, units.shape).argmax(axis=1))
+
+
+def _one_hot(layers: int, candidates: int) -> FloatArray:
+    """Rows that add up the candidates of each layer, ``[L, L * P]``."""
+    return np.asarray(np.kron(np.eye(layers), np.ones(candidates)), dtype=np.float64)
 
 
 class _Terms(NamedTuple):
@@ -70,15 +106,33 @@ class _Terms(NamedTuple):
         return self.worst_share * worst + float((self.linear * x).sum())
 
 
+def _is_dominated(units: IntArray, loss: FloatArray) -> BoolArray:
+    """Mark, ``[L, P]``, candidates that another of the layer matches in size and every domain.
+
+    No solution needs them, and of many methods at many widths most are; of equals one stays.
+    """
+    columns = np.concatenate([units[None], loss])  # [1 + domains, L, P]
+    first, second = columns[..., :, None], columns[..., None, :]
+    # [L, P, P]: the second matches the first
+    is_matched = np.asarray((second <= first).all(axis=0))
+    order = np.arange(units.shape[1])
+    is_beaten = is_matched & (~is_matched.swapaxes(1, 2) | (order[None, :] < order[:, None]))
+    return np.asarray(is_beaten.any(axis=2))
+
+
 def _minimise(
     terms: _Terms,
     units: IntArray,
     budget: int,
+    useful: BoolArray,
     *,
     is_relaxed: bool = False,
     limit: float = np.inf,
 ) -> FloatArray:
-    """Minimise ``terms`` over one-hot ``x [L, P]`` within the budget, the worst within limit."""
+    """Minimise ``terms`` over one-hot ``x [L, P]`` within the budget, the worst within limit.
+
+    Candidates that are not ``useful`` stay out.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     layers, pairs = units.shape
@@ -86,7 +140,7 @@ def _minimise(
     # Divided by their common factor the sizes are small integers, so that the solver's tolerance
     # can never admit a plan over the budget.
     divisor = int(np.gcd.reduce(units, axis=None)) or 1
-    one_hot = np.hstack([np.kron(np.eye(layers), np.ones(pairs)), np.zeros((layers, 1))])
+    one_hot = np.hstack([_one_hot(layers, pairs), np.zeros((layers, 1))])
     size_row = np.append(units.ravel() // divisor, 0)
     loss_rows = np.hstack([terms.rows.reshape(domains, size), -np.ones((domains, 1))])
     result = milp(
@@ -97,7 +151,7 @@ def _minimise(
             LinearConstraint(loss_rows, -np.inf, 0),
         ],
         integrality=np.append(np.full(size, 0 if is_relaxed else 1), 0),
-        bounds=Bounds(0, np.append(np.ones(size), limit * (1 + 1e-9) + 1e-12)),
+        bounds=Bounds(0, np.append(useful.ravel(), limit * (1 + 1e-9) + 1e-12)),
         options={"mip_rel_gap": RELATIVE_GAP},
     )
     if result.x is None:
@@ -112,7 +166,7 @@ def budget_grid(costs: CostTable, bits: float, step: float = 0.25) -> tuple[floa
     (there the comparison at equal bits is exact) and the user's budget.
     """
     layers = costs.units.shape[0]
-    uniform = {costs.effective_bits((p,) * layers) for p in range(len(costs.pairs))}
+    uniform = {costs.effective_bits((p,) * layers) for p in range(len(costs.candidates))}
     packed = sorted(uniform)[:-1] or sorted(uniform)
     grid = np.arange(np.ceil(packed[0] / step) * step, packed[-1] + step / 2, step)
     return tuple(sorted({round(float(b), 6) for b in (*grid, *packed, bits)}))

@@ -1,0 +1,64 @@
+"""Budgets in the user's terms, and what a plan buys in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvbits.memory import exact_bytes, largest_fitting
+from kvbits.plan import CachePlan
+from kvbits.tuning.candidates import Candidates
+from kvbits.tuning.search.trials import Limit
+from kvbits.tuning.settings import TuneSettings
+from kvbits.tuning.tables import CostTable
+
+
+def limit_of(settings: TuneSettings, candidates: Candidates, costs: CostTable) -> Limit:
+    """Return the budget as effective bits in the accounting of ``costs``, or as a KL.
+
+    Raises:
+        ValueError: The smallest plan is larger than the budget.
+    """
+    if settings.max_kl is not None:
+        return Limit(kl_nats=settings.max_kl)
+    bits, given = settings.bits, f"got {settings.bits}"
+    if settings.memory is not None:
+        left = settings.memory - _stock_bytes(settings, candidates)
+        bits = 8 * left / costs.num_values
+        given = f"got {bits:.2f}, which is what memory={settings.memory} bytes allow"
+    assert bits is not None
+    smallest = costs.units.min(axis=1).sum() * costs.unit_bits / costs.num_values
+    if smallest > bits + 1e-9:
+        raise ValueError(
+            f"bits must be at least {smallest:.2f} effective bits, what the smallest plan stores "
+            f"with its metadata, {given}; raise the budget or add narrower widths"
+        )
+    return Limit(bits=min(bits, float(costs.effective_bits((0,) * len(costs.units)))))
+
+
+def _stock_bytes(settings: TuneSettings, candidates: Candidates) -> int:
+    """Bytes of the layers that are never packed."""
+    assert settings.context is not None
+    return sum(
+        exact_bytes(layer, settings.context, settings.batch)
+        for layer in candidates.geometry.layers
+        if not layer.is_packable
+    )
+
+
+def bought(plan: CachePlan, settings: TuneSettings) -> dict[str, Any]:
+    """Return what a plan buys: its bytes beside those of 16 bits, and tokens in equal memory.
+
+    Memory is the one that was given, or what the 16-bit cache takes for the same tokens.
+    """
+    context, batch = settings.context or settings.report_context, settings.batch
+    full = plan.bytes_16bit(context, batch)
+    memory = settings.memory or full
+    return {
+        "context": context,
+        "batch": batch,
+        "bytes": plan.bytes(context, batch),
+        "bytes_16bit": full,
+        "memory": memory,
+        "tokens": largest_fitting(lambda tokens: plan.bytes(tokens, batch) <= memory),
+        "tokens_16bit": largest_fitting(lambda tokens: plan.bytes_16bit(tokens, batch) <= memory),
+    }
