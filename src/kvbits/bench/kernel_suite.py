@@ -14,6 +14,7 @@ SHAPES = ((32, 32768), (8, 32768), (1, 32768), (1, 2048))
 PAIRS = ((8, 8), (8, 4), (4, 4), (4, 2), (3, 3), (2, 2))
 METHOD_SHAPES = [
     (SHAPES[1], 2, "hadamard"),
+    (SHAPES[1], 2, "kvarn"),
     (SHAPES[1], 3, "turboquant"),
     (SHAPES[1], 3, "kvquant"),
     (SHAPES[1], 2, "kvquant"),

@@ -30,6 +30,7 @@ from kvbits.codecs import (
     Outliers,
     PreRope,
     Rotated,
+    VarianceNormalised,
     packing,
 )
 from kvbits.codecs.levels import lloyd_max, normal_float
@@ -113,6 +114,17 @@ def _hadamard(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
     return Rotated(inner=plain.key), Rotated(inner=plain.value)
 
 
+def _kvarn(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
+    key = Affine.model_validate(
+        {"bits": cell.key_bits, "granularity": "per_channel", "group_size": 128}
+    )
+    value = _codec(cell.value_bits, 0, None)
+    return (
+        Rotated(inner=VarianceNormalised(inner=key, scaled="token")),
+        Rotated(inner=VarianceNormalised(inner=value, scaled="channel")),
+    )
+
+
 def _turboquant(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
     return (
         Rotated(inner=NormScaled(levels=lloyd_max(cell.key_bits)), sign_seed=0),
@@ -138,6 +150,7 @@ def _kvquant(cell: Cell, *, slots: int = 2, is_turned: bool = True) -> tuple[Any
 
 METHODS: dict[str, Callable[[Cell], tuple[AnyCodec, AnyCodec]]] = {
     "hadamard": _hadamard,
+    "kvarn": _kvarn,
     "turboquant": _turboquant,
     "nuq": partial(_kvquant, slots=0, is_turned=False),
     "nuq, pre-rotary": partial(_kvquant, slots=0),
@@ -222,7 +235,7 @@ def _random_store(
         scales, offsets = planes["affine"].unbind(-1)
         scales.uniform_(0.05, 0.25, generator=generator)
         offsets.uniform_(-1, 0, generator=generator)
-    for name, low, high in (("norm", 5, 20), ("outlier_value", -4, 4)):
+    for name, low, high in (("norm", 5, 20), ("outlier_value", -4, 4), ("tile_scale", 0.5, 2)):
         if name in planes:
             planes[name].uniform_(low, high, generator=generator)
     if "outlier_channel" in planes:

@@ -185,6 +185,8 @@ def _launch_int8(
         query.stride(1),
         **_constants(states, group, shape, plan, options),
         GP=plan.columns,
+        KT=shape.key.has_token_scale,
+        VT=shape.value.scale_tile,
         **launch_options(),
         **_launch(plan),
     )
@@ -240,6 +242,8 @@ def _launch_fp16(
         **_constants(states, group, shape, plan, options),
         NQ=shape.num_queries,
         HP=plan.columns,
+        KT=shape.key.has_token_scale,
+        VT=shape.value.scale_tile,
         **launch_options(),
         **_launch(plan),
     )
@@ -335,8 +339,6 @@ def _constants(
         "VB": shape.value.bits,
         "G": shape.key.key_group,
         "VG": shape.value.groups,
-        "KT": shape.key.has_token_scale,
-        "VT": shape.value.scale_tile,
         "PAGE": group.key.page_tokens,
         "GQ": shape.group_queries,
         "BN": plan.tile,
