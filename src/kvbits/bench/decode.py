@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -148,20 +146,8 @@ def _decode(
     prompt = torch.randint(0, vocabulary, (batch, width), generator=generator, device=model.device)
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
-    with _without_collection():
-        made = generate(model, prompt, cache, max_new_tokens=new_tokens)
+    made = generate(model, prompt, cache, max_new_tokens=new_tokens)
     return cache, made, time.perf_counter() - started
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Keep Python's garbage collector, which would come in the middle of some run, out of all."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _release(model: Any) -> None:
