@@ -237,9 +237,9 @@ def test_methods_are_mixed_calibrated_and_told_apart(model, tokenizer, data, tmp
     assert result.plan.provenance.mode is None
     chosen = next(point for point in points if point["chosen"])
     for label, layer in zip(chosen["labels"], result.plan.layers, strict=True):
-        is_fitted = any(group.key.kind == "outliers" for group in layer.groups)
+        is_fitted = any(group.value.kind == "outliers" for group in layer.groups)
         assert is_fitted == label.startswith("kvquant")
-    saved = {path.name for path in (tmp_path / "calibrated").iterdir()}
+    saved = {path.name for path in (tmp_path / "calibrated").glob("*.json")}
     assert len(saved) == 2
     again = tune(model, tokenizer, settings, tmp_path, data=data)
     assert again.plan == result.plan

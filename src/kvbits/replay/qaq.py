@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvbits.codecs.base import Codec
 from kvbits.codecs.simulated import NormalQuantiles, Simulated
+from kvbits.methods.qaq import bits_needed, key_deviation, value_deviation
 from kvbits.replay.families import (
     OFFSET_BITS,
     SCALE_BITS,
@@ -29,7 +30,6 @@ from kvbits.replay.hooks import EXACT_BITS
 from kvbits.replay.settings import TensorSettings
 
 LEAST_RANGE = 1e-8
-LEAST_WEIGHT = 1e-8
 
 
 class Qaq(Family):
@@ -100,28 +100,27 @@ class Qaq(Family):
     def _widths(self, units: Tensor, settings: TensorSettings, attention: Attention) -> Tensor:
         """Bits of every unit ``[T, units]``: the least that keep its error at the target."""
         low, high = settings.bit_range
-        error = self._error(units, settings, attention)
+        deviation = self._deviation(units, settings, attention)
         known = units.masked_fill(_outliers(units, settings), math.nan)
         least = known.nan_to_num(math.inf).amin(-1)
         most = known.nan_to_num(-math.inf).amax(-1)
         width = 2 * torch.maximum(most, -least) if settings.symmetric else most - least
         width = width.nan_to_num(posinf=0.0, neginf=0.0).clamp_min(0)
-        widths = torch.log2(width / (2 * error) + 1).ceil().clamp(low, high).int()
+        widths = bits_needed(width, deviation, "code").clamp(low, high).int()
         if attention.num_newest:
             widths[-attention.num_newest :] = high
         return widths
 
-    def _error(self, units: Tensor, settings: TensorSettings, attention: Attention) -> Tensor:
-        """The error a unit may have, ``[T, units]``."""
+    def _deviation(self, units: Tensor, settings: TensorSettings, attention: Attention) -> Tensor:
+        """The standard deviation that a unit may err by, ``[T, units]``."""
         tokens = max(attention.num_tokens, 2)
         target = settings.target_quantization_error
         if settings.kv_kind == "key":
-            spread = math.log(tokens**3 / (tokens - 1) * target**2 + 1)
-            return torch.full(units.shape[:2], math.sqrt(12 / settings.q_norm * spread))
+            return key_deviation(tokens, target, settings.q_norm).expand(units.shape[:2])
         weights = attention.weights.T  # [T, H]
         if units.shape[1] == 1:
             weights = weights.amax(1, keepdim=True)
-        return math.sqrt(12 / tokens) * target / weights.clamp_min(LEAST_WEIGHT)
+        return value_deviation(tokens, target, weights)
 
 
 def _outliers(rows: Tensor, settings: TensorSettings) -> Tensor:

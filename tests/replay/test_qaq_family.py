@@ -81,7 +81,7 @@ def attention(weights, num_tokens, num_newest=0):
 def test_the_error_of_keys_is_the_published_one(target, expected):
     weights = torch.ones(2, 7)
     each = plan(target_quantization_error=float(target))
-    error = QAQ._error(torch.zeros(7, 2, 16), each, attention(weights, 1024))
+    error = math.sqrt(12) * QAQ._deviation(torch.zeros(7, 2, 16), each, attention(weights, 1024))
     assert error.shape == (7, 2)
     assert f"{error[0, 0].item():.3f}" == f"{expected:.3f}"
 
@@ -89,7 +89,7 @@ def test_the_error_of_keys_is_the_published_one(target, expected):
 @pytest.mark.parametrize(("weight", "expected"), [(0.01, "32.476"), (0.5, "0.650")])
 def test_the_error_of_values_falls_with_attention(weight, expected):
     seen = attention(torch.full((2, 7), weight), 1024)
-    error = QAQ._error(torch.zeros(7, 2, 16), plan("value"), seen)
+    error = math.sqrt(12) * QAQ._deviation(torch.zeros(7, 2, 16), plan("value"), seen)
     assert f"{error[3, 1].item():.3f}" == expected
 
 
@@ -125,7 +125,7 @@ def test_no_bits_leave_the_mean_and_the_outliers():
 def test_units_over_heads_take_the_largest_weight_of_theirs():
     weights = torch.tensor([[0.01, 0.02], [0.5, 0.01]])
     each = plan("value", quantization_level="layer")
-    error = QAQ._error(torch.zeros(2, 1, 32), each, attention(weights, 1024))
+    error = math.sqrt(12) * QAQ._deviation(torch.zeros(2, 1, 32), each, attention(weights, 1024))
     assert error[0, 0].item() == pytest.approx(0.650, abs=5e-4)
     assert error[1, 0].item() == pytest.approx(32.476 / 2, abs=5e-4)
 
