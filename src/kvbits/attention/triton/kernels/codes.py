@@ -7,18 +7,10 @@ where the reference rounds twice.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
-
-
-@triton.constexpr_function
-def num_fields(bits: Any) -> Any:
-    """Runs of channels of which every byte index holds one code."""
-    return 8 if bits == 3 else 8 // bits
 
 
 @triton.jit

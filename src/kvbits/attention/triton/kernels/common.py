@@ -135,21 +135,48 @@ def dot_states(b_a, b_b, b_c, COMPILED: tl.constexpr):
 
 
 @triton.jit
+def store_partial(
+    PO,
+    PM,
+    b_m,
+    b_l,
+    b_o,
+    p_part,
+    o_d,
+    m_d,
+    o_c,
+    m_c,
+    DV: tl.constexpr,
+):
+    """Write the normalised output and the log-sum-exp (base 2) of one split."""
+    inverse = tl.where(b_l > 0, 1.0 / tl.where(b_l > 0, b_l, 1.0), 0.0)
+    p_o = PO + (p_part + o_c)[None, :] * DV + o_d[:, None]
+    tl.store(p_o, b_o * inverse[None, :], mask=m_c[None, :] & m_d[:, None])
+    tl.store(
+        PM + p_part + o_c,
+        tl.where(b_l > 0, b_m + tl.math.log2(tl.where(b_l > 0, b_l, 1.0)), NOTHING),
+        mask=m_c,
+    )
+
+
+@triton.jit
 def attend_exact(
     Q,
     SINK_K,
     SINK_V,
     TAIL_K,
     TAIL_V,
+    PO,
+    PM,
+    i_row,
+    p_part,
     length,
     packed,
     first,
     step,
+    tail_columns,
     sq_h,
     sq_t,
-    s_tail_k,
-    s_tail_v,
-    shift,
     scale,
     cap,
     i_col,
@@ -164,10 +191,10 @@ def attend_exact(
     SOFTCAP: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """Attend to every ``step``-th tile of exact tokens: maximum, sum and output ``[DVP, HP]``.
+    """Attend to every ``step``-th tile of a row's exact tokens, and write the partial output.
 
-    Sinks and tail point at this row and head. The tail is a ring of CAP slots by row position, or,
-    where CAP is 0, columns ``position + shift``.
+    Q points at this row and head. The tail is a ring of CAP slots by row position, or, where CAP
+    is 0, ``tail_columns`` columns that end with the newest token.
     """
     ET: tl.constexpr = 16
     DKP: tl.constexpr = padded(DK, 16)
@@ -175,6 +202,14 @@ def attend_exact(
     o_c = i_col * HP + tl.arange(0, HP)
     o_dk = tl.arange(0, DKP)
     o_dv = tl.arange(0, DVP)
+    capacity = tail_columns
+    shift = tail_columns - length
+    if CAP > 0:
+        capacity = CAP
+    SINK_K += i_row * (S * DK)
+    SINK_V += i_row * (S * DV)
+    TAIL_K += i_row * capacity * DK
+    TAIL_V += i_row * capacity * DV
     m_c = o_c < NQ * GQ
     p_q = Q + (o_c % GQ) * sq_h + (o_c // GQ) * sq_t
     # [DKP, HP]
@@ -194,8 +229,8 @@ def attend_exact(
             slot = position % CAP
         else:
             slot = position + shift
-        p_k = TAIL_K + slot.to(tl.int64) * s_tail_k
-        p_v = TAIL_V + slot.to(tl.int64) * s_tail_v
+        p_k = TAIL_K + slot.to(tl.int64) * DK
+        p_v = TAIL_V + slot.to(tl.int64) * DV
         if S > 0:
             p_k = tl.where(o_e < S, SINK_K + o_e * DK, p_k)
             p_v = tl.where(o_e < S, SINK_V + o_e * DV, p_v)
@@ -220,29 +255,20 @@ def attend_exact(
         b_l = b_l * b_a + tl.sum(b_p, 0)
         b_o = dot_states(b_v, b_p, b_o * b_a[None, :], COMPILED)
         b_m = b_m_new
-    return b_m, b_l, b_o
+    store_partial(PO, PM, b_m, b_l, b_o, p_part, o_dv, o_dv < DV, o_c, m_c, DV)
 
 
 @triton.jit
-def store_partial(
-    PO,
-    PM,
-    b_m,
-    b_l,
-    b_o,
-    p_part,
-    o_d,
-    m_d,
-    o_c,
-    m_c,
-    DV: tl.constexpr,
-):
-    """Write the normalised output and the log-sum-exp (base 2) of one split."""
-    inverse = tl.where(b_l > 0, 1.0 / tl.where(b_l > 0, b_l, 1.0), 0.0)
-    p_o = PO + (p_part + o_c)[None, :] * DV + o_d[:, None]
-    tl.store(p_o, b_o * inverse[None, :], mask=m_c[None, :] & m_d[:, None])
-    tl.store(
-        PM + p_part + o_c,
-        tl.where(b_l > 0, b_m + tl.math.log2(tl.where(b_l > 0, b_l, 1.0)), NOTHING),
-        mask=m_c,
-    )
+def by_eight(b_x, ROWS: tl.constexpr, HP: tl.constexpr):
+    """Sum ``[ROWS, HP]`` to ``[8, HP]``: what one thread holds; lanes are summed at the end."""
+    return tl.sum(tl.reshape(b_x, [ROWS // 8, 8, HP]), 0)
+
+
+@triton.jit
+def lane_order(b_p, BN: tl.constexpr, HP: tl.constexpr):
+    """Rows ``[BN, HP]`` in token order to the order of a value page.
+
+    There the four bytes of a register are rows of one thread.
+    """
+    b_p = tl.permute(tl.reshape(b_p, [BN // 32, 4, 8, HP]), (0, 2, 1, 3))
+    return tl.reshape(b_p, [BN, HP])

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from kvbits.attention.triton.kernels.codes import (
     codes_of,
-    num_fields,
     paired,
     planes_of_3_bits,
     scale_and_offset,
@@ -22,7 +21,7 @@ from kvbits.attention.triton.kernels.codes import (
 )
 from kvbits.attention.triton.kernels.common import row_lengths
 from kvbits.attention.triton.kernels.encode_wrapped import encode_wrapped
-from kvbits.attention.triton.kernels.layout import padded, row_bytes
+from kvbits.attention.triton.kernels.layout import num_fields, padded, row_bytes
 
 WRAPPED_TILE = tl.constexpr(32)  # tokens encoded at a time, of a step that packs many
 
@@ -38,7 +37,7 @@ def tokens_at_a_time(how: Any, key_group: Any, quantum: Any) -> Any:
 @triton.constexpr_function
 def blocks_of_field(bits: Any, groups: Any) -> Any:
     """Scale groups that one field spans."""
-    return max(1, groups // (8 if bits == 3 else 8 // bits))
+    return max(1, groups // num_fields(bits))
 
 
 @triton.jit

@@ -14,14 +14,13 @@ import triton.language as tl
 
 from kvbits.attention.triton.kernels.codes import (
     codes_of,
-    num_fields,
     paired,
     planes_of_3_bits,
     rounded_down,
     scale_and_offset,
     store_plane,
 )
-from kvbits.attention.triton.kernels.layout import padded, row_bytes
+from kvbits.attention.triton.kernels.layout import num_fields, padded, row_bytes
 from kvbits.attention.triton.kernels.outliers import (
     are_any,
     distance_from_middle,

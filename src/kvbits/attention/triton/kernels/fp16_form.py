@@ -18,6 +18,7 @@ import triton.language as tl
 from kvbits.attention.triton.kernels.common import (
     NOTHING,
     attend_exact,
+    by_eight,
     channel_scales,
     dot_states,
     page_offset,
@@ -81,12 +82,6 @@ def high_bytes(b_w, COMPILED: tl.constexpr):
         )
     else:
         return (b_w >> 8).to(tl.int16)
-
-
-@triton.jit
-def by_eight(b_x, ROWS: tl.constexpr, HP: tl.constexpr):
-    """Sum ``[ROWS, HP]`` to ``[8, HP]``: what one thread holds; lanes are summed at the end."""
-    return tl.sum(tl.reshape(b_x, [ROWS // 8, 8, HP]), 0)
 
 
 @triton.jit
@@ -191,25 +186,23 @@ def attend_fp16(
     m_c = o_c < NQ * GQ
     p_part = (i_row * (num_splits + num_exact_splits) + i_s) * (NQ * GQ)
     if i_s >= num_splits:
-        capacity = tail_columns
-        shift = tail_columns - length
-        if CAP > 0:
-            capacity = CAP
-        b_m, b_l, b_o = attend_exact(
+        attend_exact(
             p_query,
-            SINK_K + i_row * (S * DK),
-            SINK_V + i_row * (S * DV),
-            TAIL_K + i_row * capacity * DK,
-            TAIL_V + i_row * capacity * DV,
+            SINK_K,
+            SINK_V,
+            TAIL_K,
+            TAIL_V,
+            PO,
+            PM,
+            i_row,
+            p_part,
             length,
             packed,
             i_s - num_splits,
             num_exact_splits,
+            tail_columns,
             sq_h,
             sq_t,
-            DK,
-            DV,
-            shift,
             scale,
             cap,
             i_c,
@@ -224,8 +217,6 @@ def attend_fp16(
             SOFTCAP,
             COMPILED,
         )
-        o_d = tl.arange(0, padded(DV, 16))
-        store_partial(PO, PM, b_m, b_l, b_o, p_part, o_d, o_d < DV, o_c, m_c, DV)
         return
 
     KR: tl.constexpr = row_bytes(KB, DK)

@@ -23,7 +23,9 @@ import triton.language as tl
 from kvbits.attention.triton.kernels.common import (
     NOTHING,
     attend_exact,
+    by_eight,
     channel_scales,
+    lane_order,
     page_offset,
     row_lengths,
     rows_of,
@@ -91,12 +93,6 @@ def joined(b_d, ROWS: tl.constexpr, GP: tl.constexpr):
     """Sums of high and low columns ``[ROWS, 2 * GP]`` int32 to ``[ROWS, GP]`` float32."""
     b_high, b_low = tl.split(tl.reshape(b_d, [ROWS, GP, 2]))
     return (b_high * 128 + b_low).to(tl.float32)
-
-
-@triton.jit
-def by_eight(b_x, ROWS: tl.constexpr, GP: tl.constexpr):
-    """Sum ``[ROWS, GP]`` to ``[8, GP]``: a thread's share; lanes are summed once, at the end."""
-    return tl.sum(tl.reshape(b_x, [ROWS // 8, 8, GP]), 0)
 
 
 @triton.jit
@@ -184,21 +180,22 @@ def attend_int8(
     if i_s >= num_splits:
         if PDL:
             tl.extra.cuda.gdc_wait()
-        HP: tl.constexpr = padded(GQ, 8)
-        b_m, b_l, b_o = attend_exact(
+        attend_exact(
             p_query,
-            SINK_K + i_row * (S * DK),
-            SINK_V + i_row * (S * DV),
-            TAIL_K + i_row * (CAP * DK),
-            TAIL_V + i_row * (CAP * DV),
+            SINK_K,
+            SINK_V,
+            TAIL_K,
+            TAIL_V,
+            PO,
+            PM,
+            i_row,
+            p_part,
             length,
             packed,
             i_s - num_splits,
             num_exact_splits,
+            CAP,
             sq_h,
-            0,
-            DK,
-            DV,
             0,
             scale,
             cap,
@@ -207,16 +204,13 @@ def attend_int8(
             DV,
             GQ,
             1,
-            HP,
+            padded(GQ, 8),
             S,
             CAP,
             WINDOW,
             SOFTCAP,
             COMPILED,
         )
-        o_c = tl.arange(0, HP)
-        o_d = tl.arange(0, padded(DV, 16))
-        store_partial(PO, PM, b_m, b_l, b_o, p_part, o_d, o_d < DV, o_c, o_c < GQ, DV)
         return
 
     KR: tl.constexpr = row_bytes(KB, DK)
@@ -350,9 +344,8 @@ def attend_int8(
                 b_w_new = b_w_new + (b_pw if VT > 0 else b_w[g] * b_a + b_pw,)
             else:
                 b_w_new = b_w_new + (b_w[g],)
-            # the token order of a value page: the four bytes of a register are one thread's rows
-            b_i8 = tl.reshape(fixed_point(b_pv, FIXED / b_top, BN, GP), [BN // 32, 4, 8, 2 * GP])
-            b_p8 = b_p8 + (tl.reshape(tl.permute(b_i8, (0, 2, 1, 3)), [BN, 2 * GP]),)
+            b_i8 = fixed_point(b_pv, FIXED / b_top, BN, GP)
+            b_p8 = b_p8 + (lane_order(b_i8, BN, 2 * GP),)
             b_o_scale = b_o_scale + (b_b * (b_top / FIXED),)
         b_w = b_w_new
         b_z = b_z_new

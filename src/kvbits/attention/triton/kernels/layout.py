@@ -42,6 +42,12 @@ def length_of(items: Any) -> Any:
 
 
 @triton.constexpr_function
+def num_fields(bits: Any) -> Any:
+    """Runs of channels of which every byte index holds one code (3 bits: every three bytes)."""
+    return 8 if bits == 3 else 8 // bits
+
+
+@triton.constexpr_function
 def num_segments(bits: Any) -> Any:
     """Segments of a byte."""
     return 4 if bits == 3 else 8 // bits
@@ -168,12 +174,24 @@ def segment_weight(o_w, SEGMENT: tl.constexpr, BITS: tl.constexpr, D: tl.constex
 
 
 @triton.jit
+def low16(pair):
+    """Scale of (scale, offset) pairs read as int32, as it is stored."""
+    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def high16(pair):
+    """Offset of (scale, offset) pairs read as int32, as it is stored."""
+    return (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def low_half(pair):
-    """Scale of (scale, offset) pairs read as int32."""
-    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    """Scale of (scale, offset) pairs, float32."""
+    return low16(pair).to(tl.float32)
 
 
 @triton.jit
 def high_half(pair):
-    """Offset of (scale, offset) pairs read as int32."""
-    return (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    """Offset of (scale, offset) pairs, float32."""
+    return high16(pair).to(tl.float32)

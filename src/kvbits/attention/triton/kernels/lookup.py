@@ -7,13 +7,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from kvbits.attention.triton.kernels.layout import num_fields
+
 TURN = tl.constexpr(6.283185307179586 / 4294967296.0)  # radians in 2**-32 of a turn
-
-
-@triton.constexpr_function
-def num_fields(bits: Any) -> Any:
-    """Codes of a byte, or of three planes' bytes: runs of channels of one width."""
-    return 8 if bits == 3 else 8 // bits
 
 
 @triton.constexpr_function
@@ -250,15 +246,3 @@ def cos_sin(b_turns, COMPILED: tl.constexpr):
         )
     else:
         return tl.cos(b_x), tl.sin(b_x)
-
-
-@triton.jit
-def low16(pair):
-    """Scale of (scale, offset) pairs read as int32, as it is stored."""
-    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def high16(pair):
-    """Offset of (scale, offset) pairs read as int32, as it is stored."""
-    return (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)

@@ -21,22 +21,21 @@ import triton.language as tl
 from kvbits.attention.triton.kernels.common import (
     NOTHING,
     attend_exact,
+    by_eight,
+    lane_order,
     page_offset,
     row_lengths,
     soft_capped,
     store_partial,
     tiles_of_split,
 )
-from kvbits.attention.triton.kernels.fp16_form import P_SHIFT, by_eight
-from kvbits.attention.triton.kernels.layout import padded, row_bytes
+from kvbits.attention.triton.kernels.fp16_form import P_SHIFT
+from kvbits.attention.triton.kernels.layout import high16, low16, num_fields, row_bytes
 from kvbits.attention.triton.kernels.lookup import (
     cos_sin,
     field_width,
-    high16,
     is_at,
     levels_of,
-    low16,
-    num_fields,
     patched,
     scaled,
     table_words,
@@ -49,13 +48,6 @@ def channel_of(b_pair, HALF: tl.constexpr, FIRST: tl.constexpr):
     """Channel of one of two outliers, counted from FIRST, as the fp16 number its bits spell."""
     b_c = ((b_pair >> (8 * HALF)) & 0xFF) - FIRST
     return b_c.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def lane_order(b_p, BN: tl.constexpr, HP: tl.constexpr):
-    """Rows ``[BN, HP]`` in token order to the order of a value page."""
-    b_p = tl.permute(tl.reshape(b_p, [BN // 32, 4, 8, HP]), (0, 2, 1, 3))
-    return tl.reshape(b_p, [BN, HP])
 
 
 @triton.jit
@@ -164,25 +156,23 @@ def attend_table(
     m_c = o_c < NQ * GQ
     p_part = (i_row * (num_splits + num_exact_splits) + i_s) * (NQ * GQ)
     if i_s >= num_splits:
-        capacity = tail_columns
-        shift = tail_columns - length
-        if CAP > 0:
-            capacity = CAP
-        b_m, b_l, b_o = attend_exact(
+        attend_exact(
             p_query,
-            SINK_K + i_row * (S * DK),
-            SINK_V + i_row * (S * DV),
-            TAIL_K + i_row * capacity * DK,
-            TAIL_V + i_row * capacity * DV,
+            SINK_K,
+            SINK_V,
+            TAIL_K,
+            TAIL_V,
+            PO,
+            PM,
+            i_row,
+            p_part,
             length,
             packed,
             i_s - num_splits,
             num_exact_splits,
+            tail_columns,
             sq_h,
             sq_t,
-            DK,
-            DV,
-            shift,
             scale,
             cap,
             i_c,
@@ -197,8 +187,6 @@ def attend_table(
             SOFTCAP,
             COMPILED,
         )
-        o_d = tl.arange(0, padded(DV, 16))
-        store_partial(PO, PM, b_m, b_l, b_o, p_part, o_d, o_d < DV, o_c, m_c, DV)
         return
 
     KR: tl.constexpr = row_bytes(KB, DK)
