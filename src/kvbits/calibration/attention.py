@@ -67,7 +67,6 @@ def observed_attention(model: Any, observer: Observer, *, num_queries: int) -> I
         observer: Called once per layer and forward; batches must hold one document.
         num_queries: Most query positions to show, evenly spaced, the last one included.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
     def attend(
@@ -107,8 +106,19 @@ def observed_attention(model: Any, observer: Observer, *, num_queries: int) -> I
         ]
         return torch.cat(parts, dim=2).to(query.dtype).transpose(1, 2).contiguous(), None
 
+    with attending_by(model, attend, eager_mask):
+        yield
+
+
+@contextmanager
+def attending_by(
+    model: Any, attend: Callable[..., Any], mask: Callable[..., Any]
+) -> Iterator[None]:
+    """Have a model attend by a function of the attention interface, with masks of ``mask``."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     AttentionInterface.register(OBSERVER_NAME, attend)
-    AttentionMaskInterface.register(OBSERVER_NAME, eager_mask)
+    AttentionMaskInterface.register(OBSERVER_NAME, mask)
     former = model.config._attn_implementation
     model.set_attn_implementation(OBSERVER_NAME)
     try:

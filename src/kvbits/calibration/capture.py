@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import DynamicCache
 
 from kvbits.attention.hf import packed_attention, packed_mask
+from kvbits.calibration.attention import attending_by
 from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import SIDES, Side
-
-OBSERVER_NAME = "kvbits_queries"
 
 
 class Observation(NamedTuple):
@@ -65,7 +64,9 @@ def observe(
         for document in usable:
             ids = document.to(model.device)[None]
             tap = _Tap(model.config, with_gradients)
-            watched = _watched(model, tap) if with_queries else nullcontext()
+            watched: AbstractContextManager[None] = nullcontext()
+            if with_queries:
+                watched = attending_by(model, tap.attend, packed_mask)
             with torch.set_grad_enabled(with_gradients), watched:
                 logits = model(ids, past_key_values=tap, use_cache=True).logits
             if not tap.has_states:
@@ -110,6 +111,11 @@ class _Tap(DynamicCache):  # type: ignore[misc]
             passed.append(states)
         return passed[0], passed[1]
 
+    def attend(self, module: torch.nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Keep a layer's queries and attend as usual."""
+        self.queries[int(module.layer_idx)] = query.detach()  # type: ignore[arg-type]
+        return packed_attention(module, query, *args, **kwargs)
+
     @property
     def has_states(self) -> bool:
         """Whether anything passed."""
@@ -136,24 +142,6 @@ class _Tap(DynamicCache):  # type: ignore[misc]
             )
             for (layer_idx, side), states in self._states.items()
         }
-
-
-@contextmanager
-def _watched(model: Any, tap: _Tap) -> Iterator[None]:
-    """Let a tap see the queries of every layer."""
-
-    def attend(module: torch.nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tap.queries[int(module.layer_idx)] = query.detach()  # type: ignore[arg-type]
-        return packed_attention(module, query, *args, **kwargs)
-
-    AttentionInterface.register(OBSERVER_NAME, attend)
-    AttentionMaskInterface.register(OBSERVER_NAME, packed_mask)
-    former = model.config._attn_implementation
-    model.set_attn_implementation(OBSERVER_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(former)
 
 
 @contextmanager
