@@ -12,9 +12,13 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from kvbits.errors import RecordError
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def append_json_line(path: str | Path, value: Mapping[str, Any]) -> None:
@@ -105,3 +109,23 @@ def _locked(descriptor: int) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def parse(kind: type[Parsed], value: Mapping[str, Any], place: str) -> Parsed:
+    """Make a strict model of one line.
+
+    Args:
+        kind: the model.
+        value: the line as read.
+        place: where it stands, for the message.
+
+    Raises:
+        RecordError: the line is none.
+    """
+    try:
+        # of JSON text, strict validation knows that it has no tuples; of lists it does not
+        return kind.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the line"
+        raise RecordError(f"{place} {where} must be valid, got {first['msg'].lower()}") from error

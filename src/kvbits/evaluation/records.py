@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from kvbits._version import __version__
 from kvbits.codecs.base import Width
-from kvbits.errors import PlanError, RecordError
-from kvbits.evaluation.jsonl import append_json_line, read_json_lines
+from kvbits.errors import PlanError
+from kvbits.evaluation.jsonl import append_json_line, parse, read_json_lines
 from kvbits.evaluation.token_set import TokenSet
 
 if TYPE_CHECKING:
@@ -105,19 +104,10 @@ def read_records(path: str | Path) -> list[Record]:
     Raises:
         RecordError: a line is not a record.
     """
-    return [_record(value, path, i) for i, value in enumerate(read_json_lines(path), start=1)]
-
-
-def _record(value: dict[str, Any], path: str | Path, number: int) -> Record:
-    try:
-        # of JSON text, strict validation knows that it has no tuples; of lists it does not
-        return Record.model_validate_json(json.dumps(value))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the line"
-        raise RecordError(
-            f"{path} record {number}: {where} must be valid, got {first['msg'].lower()}"
-        ) from error
+    return [
+        parse(Record, value, f"{path} record {i}:")
+        for i, value in enumerate(read_json_lines(path), start=1)
+    ]
 
 
 def divergence_record(

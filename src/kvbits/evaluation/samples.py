@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from kvbits.errors import RecordError
-from kvbits.evaluation.jsonl import read_json_lines
+from kvbits.evaluation.jsonl import parse, read_json_lines
 from kvbits.plan.files import write_text
 
 MAX_RESPONSE_CHARACTERS = 20_000
@@ -96,15 +94,7 @@ def read_samples(path: Path) -> list[Sample]:
     Raises:
         RecordError: If a line is not a sample.
     """
-    return [_parsed(path, i, value) for i, value in enumerate(read_json_lines(path), start=1)]
-
-
-def _parsed(path: Path, number: int, value: dict[str, Any]) -> Sample:
-    try:
-        return Sample.model_validate_json(json.dumps(value))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the line"
-        raise RecordError(
-            f"{path}:{number} {where} must be valid, got {first['msg'].lower()}"
-        ) from error
+    return [
+        parse(Sample, value, f"{path}:{i}")
+        for i, value in enumerate(read_json_lines(path), start=1)
+    ]
