@@ -6,8 +6,7 @@ residual and the schedule a user gets. Layers are rotated so that each finds its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,21 +20,10 @@ from kvbits.attention.triton.decode import attend, shape_of
 from kvbits.attention.triton.launch import device_of
 from kvbits.attention.triton.schedule import Schedule
 from kvbits.bench.timing import graph_time_us, num_copies
-from kvbits.codecs import (
-    Affine,
-    AnyCodec,
-    Codebook,
-    Identity,
-    NormScaled,
-    Outliers,
-    PreRope,
-    Rotated,
-    VarianceNormalised,
-    packing,
-)
-from kvbits.codecs.levels import lloyd_max, normal_float
+from kvbits.codecs import Affine, AnyCodec, Identity, packing
 from kvbits.codecs.pages import PageStore
 from kvbits.layer_plan import SIDES, LayerPlan, Side
+from kvbits.methods import build_method
 
 SPLIT_FACTORS = (0.5, 0.75, 1, 1.25, 1.5, 2)
 
@@ -83,7 +71,7 @@ class Cell(NamedTuple):
         key = _codec(self.key_bits, self.key_group, None)
         value = _codec(self.value_bits, 0, _group_size(self))
         if self.method:
-            key, value = METHODS[self.method](self)
+            key, value = _method_codecs(self)
         return LayerPlan.uniform(key, value, residual_length=self.residual_length)
 
     @property
@@ -109,55 +97,36 @@ def _codec(bits: int, key_group: int, group_size: int | None) -> AnyCodec:
     return Affine.model_validate({"bits": bits, "group_size": group_size})
 
 
-def _hadamard(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
-    plain = cell._replace(method="").plan.groups[0]
-    return Rotated(inner=plain.key), Rotated(inner=plain.value)
-
-
-def _kvarn(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
-    key = Affine.model_validate(
-        {"bits": cell.key_bits, "granularity": "per_channel", "group_size": 128}
-    )
-    value = _codec(cell.value_bits, 0, None)
-    return (
-        Rotated(inner=VarianceNormalised(inner=key, scaled="token")),
-        Rotated(inner=VarianceNormalised(inner=value, scaled="channel")),
-    )
-
-
-def _turboquant(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
-    return (
-        Rotated(inner=NormScaled(levels=lloyd_max(cell.key_bits)), sign_seed=0),
-        Rotated(inner=NormScaled(levels=lloyd_max(cell.value_bits)), sign_seed=0),
-    )
-
-
-def _kvquant(cell: Cell, *, slots: int = 2, is_turned: bool = True) -> tuple[AnyCodec, AnyCodec]:
-    key: AnyCodec = Codebook(
-        levels=normal_float(cell.key_bits), granularity="per_channel", group_size=128
-    )
-    value: AnyCodec = Codebook(levels=normal_float(cell.value_bits))
-    if slots:
-        key = Outliers(inner=key, slots=slots, by="channel")
-        value = Outliers(inner=value, slots=slots)
-    if is_turned:
-        pairs = cell.head_dim // 2
-        key = PreRope(
-            inner=key, frequencies=tuple(ROPE_BASE ** (-i / pairs) for i in range(pairs))
-        )
-    return key, value
-
-
-METHODS: dict[str, Callable[[Cell], tuple[AnyCodec, AnyCodec]]] = {
-    "hadamard": _hadamard,
-    "kvarn": _kvarn,
-    "turboquant": _turboquant,
-    "nuq": partial(_kvquant, slots=0, is_turned=False),
-    "nuq, pre-rotary": partial(_kvquant, slots=0),
-    "nuq, outliers": partial(_kvquant, is_turned=False),
-    "kvquant": _kvquant,
+KVQUANT = {"levels": "normal_float", "key_ranges": "block"}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hadamard": ("hadamard", {}),
+    "kvarn": ("kvarn", {}),
+    "turboquant": ("turboquant", {}),
+    "nuq": ("kvquant", {**KVQUANT, "outlier_share": 0, "is_pre_rope": False}),
+    "nuq, pre-rotary": ("kvquant", {**KVQUANT, "outlier_share": 0}),
+    "nuq, outliers": ("kvquant", {**KVQUANT, "is_pre_rope": False}),
+    "kvquant": ("kvquant", KVQUANT),
 }
+"""Names of cells, and the method with the settings that they stand for."""
+
 ROPE_BASE = 500_000.0
+
+
+def _method_codecs(cell: Cell) -> tuple[AnyCodec, AnyCodec]:
+    """Codecs of keys and of values, as the method makes them for a model of the cell's shape."""
+    from transformers import LlamaConfig
+
+    name, settings = METHODS[cell.method]
+    method = build_method(name, key_bits=cell.key_bits, value_bits=cell.value_bits, **settings)
+    config = LlamaConfig(
+        head_dim=cell.head_dim,
+        num_hidden_layers=1,
+        num_key_value_heads=cell.num_heads,
+        num_attention_heads=cell.num_heads * cell.group_queries,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+    )
+    group = method.plan(config).layers[0].groups[0]
+    return group.key, group.value
 
 
 def row_lengths(cell: Cell) -> list[int]:
