@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from kvbits.bench.kernels import Cell, random_states
 from kvbits.bench.timing import graph_time_us
 from kvbits.codecs import packing
 from kvbits.codecs.pages import PageStore
-from kvbits.layer_plan import SIDES
+from kvbits.layer_plan import SIDES, Side
 
 PROMPTS = ((64, 8192), (1, 32768))
 LAYOUTS = tuple(
@@ -35,7 +35,13 @@ def measure() -> Iterator[dict[str, Any]]:
         yield from _append_records(layout._replace(batch=APPEND_ROWS))
 
 
-def _prompt_record(cell: Cell, side: Any) -> dict[str, Any]:
+def prompt_call(cell: Cell, side: Side) -> Callable[[], None]:
+    """A call that encodes the cell's prompt into the pages of one side."""
+    return _prompt(cell, side)[0]
+
+
+def _prompt(cell: Cell, side: Side) -> tuple[Callable[[], None], int]:
+    """The call, and the bytes it reads and writes."""
     states = torch.randn(cell.batch, cell.context, cell.num_heads, cell.head_dim, device="cuda")
     states = states.to(torch.bfloat16).transpose(1, 2)
     store = PageStore(
@@ -61,9 +67,13 @@ def _prompt_record(cell: Cell, side: Any) -> dict[str, Any]:
             counts=[cell.context] * cell.batch,
         )
 
-    time_us = _event_time_us(encode)
     pages = cell.batch * -(-cell.context // store.page_tokens)
-    num_bytes = states.nbytes + pages * store.record_units * packing.OFFSET_UNIT
+    return encode, states.nbytes + pages * store.record_units * packing.OFFSET_UNIT
+
+
+def _prompt_record(cell: Cell, side: Side) -> dict[str, Any]:
+    encode, num_bytes = _prompt(cell, side)
+    time_us = _event_time_us(encode)
     return {
         "suite": "prompt",
         "name": f"{cell.name} {side}",
@@ -74,20 +84,26 @@ def _prompt_record(cell: Cell, side: Any) -> dict[str, Any]:
     }
 
 
-def _append_records(cell: Cell) -> Iterator[dict[str, Any]]:
-    """A step that packs and, where tokens leave in blocks, one that does not."""
+def append_call(cell: Cell, *, is_flush: bool) -> Callable[[], None]:
+    """A call that appends a token to every row, in a step that packs or in one that does not."""
     states = random_states(cell)
     new = torch.randn(2, cell.batch, cell.num_heads, 1, cell.head_dim, device="cuda")
     keys, values = new.to(torch.bfloat16)
     flags = torch.zeros(2, dtype=torch.int32, device="cuda")
     full = cell.context - (cell.context - cell.residual_length) % states.quantum
     states.floor.zero_()
+    states.clock.fill_(full if is_flush else full - 1)
 
     def append() -> None:
         append_token(states, states.groups[0], keys, values, flags, (6e4, 6e4))
 
-    for is_flush in (True, False) if states.quantum > 1 else (True,):
-        states.clock.fill_(full if is_flush else full - 1)
+    return append
+
+
+def _append_records(cell: Cell) -> Iterator[dict[str, Any]]:
+    """A step that packs and, where tokens leave in blocks, one that does not."""
+    for is_flush in (True, False) if cell.plan.quantum > 1 else (True,):
+        append = append_call(cell, is_flush=is_flush)
         yield {
             "suite": "append",
             "name": f"{cell.name}{'' if is_flush else ', nothing packed'}",

@@ -36,6 +36,17 @@ Plans = Annotated[
 ]
 CELL_COLUMNS = ("name", "batch", "context", "time_us", "speedup", "roofline_share", "schedule")
 ENCODING_COLUMNS = ("suite", "name", "time_us", "gb_s")
+COUNTER_COLUMNS = (
+    "suite",
+    "name",
+    "time_us",
+    "memory_share",
+    "issue_share",
+    "tensor_share",
+    "warps",
+    "registers",
+    "stalls",
+)
 DECODE_COLUMNS = ("variant", "batch", "context", "step_ms", "tokens_per_second", "speedup")
 BYTES_COLUMNS = ("cache_bytes", "peak_bytes")
 PROFILE_COLUMNS = ("kernel_ms",)
@@ -79,6 +90,19 @@ def kernels(
         records = kernel_suite.measure(name, suites[name], is_searched=search)
         _write(path, "kernels", commit, name, records, CELL_COLUMNS)
     _draw(path)
+
+
+@app.command()
+@one_line_errors
+def counters(
+    output: OutputDir = DEFAULT_OUTPUT, commit: Commit = None, verbose: Verbose = False
+) -> None:
+    """Read hardware counters of kernels through Nsight Compute: what limits each of them."""
+    _need_gpu()
+    from kvbits.bench import counters as benchmark
+
+    path = output / "counters.jsonl"
+    _write(path, "counters", commit, "kernels", benchmark.measure(), COUNTER_COLUMNS)
 
 
 @app.command()
@@ -231,7 +255,7 @@ def _cell(record: dict[str, Any], column: str) -> str:
         return size(value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {part:g}" for key, part in value.items())
-    if column == "roofline_share":
+    if column.endswith("_share"):
         return f"{100 * value:.0f} %"
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
@@ -284,7 +308,7 @@ def _report_failures(failures: list[str]) -> None:
 def _need_gpu() -> None:
     if not _has_gpu("auto"):
         raise ValueError(
-            "kvbits bench kernels must run on a CUDA device, got none; "
+            "kvbits bench must run on a CUDA device to time kernels, got none; "
             "kvbits bench decode runs on CPUs too"
         )
 
