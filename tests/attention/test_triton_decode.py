@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from kernel_states import DEVICE, Case, expected, make
 
 from kvbits.attention.triton import schedule as schedules
 from kvbits.attention.triton import support
-from kvbits.codecs import Codebook, NormScaled, Outliers, PreRope, Rotated
-from kvbits.codecs.levels import lloyd_max, normal_float
+from kvbits.codecs import Affine, Codebook, NormScaled, Outliers, PreRope, Rotated
+from kvbits.codecs.levels import lloyd_max, normal_float, on_grid
 
 pytest.importorskip("triton")
 
@@ -136,11 +137,14 @@ ATTENTIONS |= {
 }  # fmt: skip
 
 
-def looked_up(bits, *, group=0, slots=0, is_turned=False, head_dim=128, by="token"):
+def looked_up(
+    bits, *, group=0, slots=0, is_turned=False, head_dim=128, by="token", has_grid=False
+):
     """A codebook with what may be around it."""
-    codec = Codebook(levels=normal_float(bits))
+    levels = on_grid(normal_float(bits)) if has_grid else normal_float(bits)
+    codec = Codebook(levels=levels)
     if group:
-        codec = Codebook(levels=normal_float(bits), granularity="per_channel", group_size=group)
+        codec = Codebook(levels=levels, granularity="per_channel", group_size=group)
     if slots:
         codec = Outliers(inner=codec, slots=slots, by=by)
     if is_turned:
@@ -189,6 +193,43 @@ LOOKED_UP |= {
 }  # fmt: skip
 
 
+on_bytes = partial(looked_up, has_grid=True)
+GRID_TURBO = Rotated(inner=NormScaled(levels=on_grid(lloyd_max(4))), sign_seed=1)
+BYTES = {
+    "4 bits": Case(key_codec=on_bytes(4), value_codec=on_bytes(4)),
+    "2 bits, GQA 1": Case(key_codec=on_bytes(2), value_codec=on_bytes(2), group_queries=1),
+    "keys by channel": Case(
+        key_codec=on_bytes(4, group=128), value_codec=on_bytes(3), packed=(256, 128)),
+    "keys by channel, groups of 32": Case(
+        key_codec=on_bytes(4, group=32), value_bits=3, value_groups=4, packed=(96, 64)),
+    "TurboQuant": Case(key_codec=GRID_TURBO, value_codec=GRID_TURBO, group_queries=3),
+    "outliers": Case(
+        key_codec=on_bytes(4, group=64, slots=4, by="channel"),
+        value_codec=on_bytes(2, slots=2), packed=(192, 64), num_sinks=1, has_outliers=True),
+    "outliers of plain codes": Case(
+        key_codec=Outliers(inner=Affine(bits=4), slots=2),
+        value_codec=Outliers(inner=Affine(bits=4), slots=4), head_dim=256, softcap=9.0,
+        has_outliers=True),
+    "head_dim 64": Case(
+        head_dim=64, key_codec=on_bytes(4, slots=2), value_codec=on_bytes(3, slots=2),
+        window=90, dtype=torch.float16),
+    "plain values": Case(key_codec=on_bytes(4, is_turned=True), value_bits=2, value_groups=2),
+    "turned, fp16": Case(
+        key_codec=on_bytes(4, is_turned=True, head_dim=256), value_codec=on_bytes(4),
+        head_dim=256, group_queries=2, dtype=torch.float16, has_sink_logits=True),
+}  # fmt: skip
+BYTES |= {
+    f"KVQuant, {bits} bits": Case(
+        key_codec=on_bytes(bits, group=64, slots=2, is_turned=True, by="channel"),
+        value_codec=on_bytes(bits, slots=2),
+        packed=(192, 64),
+        num_sinks=1,
+        has_outliers=True,
+    )
+    for bits in (2, 3, 4)
+}
+
+
 def run(case, query, states, **changes):
     return attend(query, states, case.scale, schedule=case.schedule(**changes), **case.options)
 
@@ -211,6 +252,13 @@ def test_every_layout_agrees_with_float64(case):
 def test_codes_that_are_looked_up_agree_with_float64(case):
     query, states, dense = make(case, poison=True)
     assert case.schedule().form == "table"
+    assert_close(run(case, query, states), expected(case, query, dense), case)
+
+
+@pytest.mark.parametrize("case", BYTES.values(), ids=BYTES)
+def test_codes_that_are_looked_up_as_bytes_agree_with_float64(case):
+    query, states, dense = make(case, poison=True)
+    assert case.schedule().form == "levels"
     assert_close(run(case, query, states), expected(case, query, dense), case)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import NormalDist
+from typing import NamedTuple
 
 BITS = (2, 3, 4)
 _NORMAL = NormalDist()
 _SWEEPS = 5000
+MOST_STEPS = 127  # of a grid whose places are bytes without a sign
+_SAME = 2**-12  # of the range: half of what fp16 cannot tell from its end
 
 
 @functools.cache
@@ -60,6 +64,59 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
         if moved < 1e-13:
             break
     return tuple(levels)
+
+
+class Grid(NamedTuple):
+    """Levels as places on a line: ``low + step * place``.
+
+    Attributes:
+        low: The least level.
+        step: From a place to the next.
+        places: Ascending, from 0 to at most 127.
+    """
+
+    low: float
+    step: float
+    places: tuple[int, ...]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The levels that the places stand for."""
+        return tuple(self.low + self.step * place for place in self.places)
+
+
+def on_grid(levels: Sequence[float]) -> tuple[float, ...]:
+    """Ascending levels, moved to the grid of at most 127 steps that moves them least.
+
+    Kernels look levels of a grid up as bytes, and multiply bytes. Lloyd-Max levels of 4 bits have
+    0.3 % more squared error after the move, those of 3 bits 0.03 %.
+    """
+    return _nearest_grid(levels).levels
+
+
+def grid_of(levels: Sequence[float]) -> Grid | None:
+    """The grid that levels lie on, as exactly as fp16 would have them; None if on no such grid."""
+    grid = _nearest_grid(levels)
+    moved = max(abs(x - y) for x, y in zip(levels, grid.levels, strict=True))
+    return grid if moved <= _SAME * (levels[-1] - levels[0]) else None
+
+
+def _nearest_grid(levels: Sequence[float]) -> Grid:
+    low, span = levels[0], levels[-1] - levels[0]
+
+    def grid(steps: int) -> Grid:
+        step = span / steps
+        places = [round((level - low) / step) for level in levels]
+        for i, place in enumerate(places):  # levels that fall together stay apart
+            places[i] = max(place, places[i - 1] + 1) if i else place
+        return Grid(low, step, tuple(places))
+
+    def error(grid: Grid) -> float:
+        if grid.places[-1] > MOST_STEPS:
+            return math.inf
+        return sum((x - y) ** 2 for x, y in zip(levels, grid.levels, strict=True))
+
+    return min(map(grid, range(len(levels) - 1, MOST_STEPS + 1)), key=error)
 
 
 def _density(edge: float) -> float:

@@ -23,7 +23,7 @@ from kvbits.codecs import (
     RangeNormalised,
 )
 from kvbits.codecs.base import NO_CONTEXT
-from kvbits.codecs.levels import normal_float
+from kvbits.codecs.levels import normal_float, on_grid
 from kvbits.codecs.outliers import slots_for
 from kvbits.errors import CalibrationError
 from kvbits.geometry import LayerGeometry
@@ -83,7 +83,8 @@ class KVQuant(Method):
         "as many outliers for every token and head, an even number, in 24 bits each; other keys "
         "beyond their range take its end",
         "sinks are in no range",
-        "levels are the best ones for a histogram of 1024 bins, not k-means from one start",
+        "levels are the best ones for a histogram of 1024 bins, not k-means from one start, "
+        "moved to a grid of bytes",
     )
 
     key_bits: Literal[2, 3, 4] = 3
@@ -130,7 +131,7 @@ class KVQuant(Method):
     def _without_data(self) -> Fit:
         table = TABLES.get(self.levels, normal_float)  # until others are fitted
         bits = zip(SIDES, (self.key_bits, self.value_bits), strict=True)
-        return Fit({side: table(width) for side, width in bits}, {})
+        return Fit({side: on_grid(table(width)) for side, width in bits}, {})
 
     def _fitted(self, fits: Mapping[int, Fit], plan: CachePlan, config: Any) -> CachePlan:
         layers = [
@@ -198,7 +199,7 @@ class KVQuant(Method):
             histogram = histograms[side]
             if not histogram.total:
                 raise self._too_short(self.block_tokens)
-            levels[side] = histogram.levels(bits)
+            levels[side] = on_grid(histogram.levels(bits))
             if self.q_norm:
                 decoded[side] = _moved(levels[side], histogram)
         return {"levels": levels, "decoded_levels": decoded}

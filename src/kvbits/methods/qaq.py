@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvbits.calibration.attention import Observed, observed_attention
 from kvbits.codecs import Affine, AnyCodec, Codebook, Outliers, Tiered
-from kvbits.codecs.levels import normal_quantiles
+from kvbits.codecs.levels import normal_quantiles, on_grid
 from kvbits.codecs.outliers import slots_for
 from kvbits.codecs.tiered import PLANE_BITS
 from kvbits.errors import CalibrationError, UnsupportedModelError
@@ -233,7 +233,7 @@ class Qaq(Method):
     def _codec(self, bits: int) -> Affine | Codebook:
         if self.levels == "uniform":
             return Affine(bits=bits)
-        return Codebook(levels=normal_quantiles(bits))
+        return Codebook(levels=on_grid(normal_quantiles(bits)))
 
     def _apart(self, codec: AnyCodec, width: int) -> Outliers:
         return Outliers(inner=codec, slots=slots_for(self.outlier_share, width))

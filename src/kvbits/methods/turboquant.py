@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from kvbits.codecs import AnyCodec, NormScaled, Rotated
-from kvbits.codecs.levels import lloyd_max
+from kvbits.codecs.levels import lloyd_max, on_grid
 from kvbits.methods.per_token import TokenByToken
 
 
@@ -17,6 +17,7 @@ class TurboQuant(TokenByToken):
     differs: ClassVar = (
         "a Hadamard matrix with random signs in place of a random rotation",
         "the stored norm makes the decoded token as long as the exact one",
+        "levels moved to a grid of bytes, which at 4 bits adds 0.3 % to the squared error",
         "the variant of least squared error; no sketch of the residual",
     )
 
@@ -25,4 +26,4 @@ class TurboQuant(TokenByToken):
     sign_seed: int = 0
 
     def codec(self, bits: int) -> AnyCodec:
-        return Rotated(inner=NormScaled(levels=lloyd_max(bits)), sign_seed=self.sign_seed)
+        return Rotated(inner=NormScaled(levels=on_grid(lloyd_max(bits))), sign_seed=self.sign_seed)

@@ -22,12 +22,13 @@ from kvbits.attention.triton.kernels.fp16_form import attend_fp16
 from kvbits.attention.triton.kernels.int8_form import attend_int8
 from kvbits.attention.triton.kernels.int8_query import key_width, prepare_queries
 from kvbits.attention.triton.kernels.layout import num_segments
+from kvbits.attention.triton.kernels.level_form import attend_levels, spread_queries
 from kvbits.attention.triton.kernels.merge import merge_splits, rotate_queries
 from kvbits.attention.triton.kernels.table_form import attend_table
 from kvbits.attention.triton.launch import device_of, is_interpreted, launch_options
 from kvbits.attention.triton.schedule import Schedule, Shape
 from kvbits.attention.triton.support import supported_shape
-from kvbits.attention.triton.tables import count, level_bytes, phases, rotation
+from kvbits.attention.triton.tables import count, grid_bytes, level_bytes, phases, rotation
 from kvbits.codecs.pages import PageStore
 
 ROTATED_CHANNELS = 32  # of an output, that a program turns back
@@ -277,17 +278,89 @@ def _launch_table(
         **_constants(states, group, shape, plan, options),
         NQ=shape.num_queries,
         HP=plan.columns,
-        K_OFFSET=shape.key.has_offset,
-        V_OFFSET=shape.value.has_offset,
-        K_SLOTS=shape.key.slots,
-        V_SLOTS=shape.value.slots,
-        IS_TURNED=turning is not None,
+        **_looked_up(shape),
         **launch_options(),
         **_launch(plan),
     )
 
 
-_LAUNCHES = {"int8": _launch_int8, "fp16": _launch_fp16, "table": _launch_table}
+def _launch_levels(
+    query: Tensor,
+    rotated: Tensor,
+    states: KernelStates,
+    group: StoreGroup,
+    shape: Shape,
+    plan: Schedule,
+    partials: _Partials,
+    options: dict[str, object],
+) -> None:
+    key, value = (
+        grid_bytes(store.codec, store.head_dim, query.device) for store in (group.key, group.value)
+    )
+    turning = phases(group.key.codec, query.device)
+    attend_levels[_grid(plan, query.shape[0] * group.key.num_heads)](
+        query,
+        rotated,
+        _spread(rotated, states, shape, plan) if shape.key.slots else rotated,
+        *states.arguments(group),
+        *partials,
+        key,
+        value,
+        key if turning is None else turning,
+        count(query.device),
+        options["scale"],
+        options["cap"],
+        plan.splits,
+        plan.exact_splits,
+        _per_split(shape, plan),
+        group.key.table.stride(0),
+        group.value.table.stride(0),
+        query.stride(0),
+        query.stride(1),
+        **_constants(states, group, shape, plan, options),
+        GP=plan.columns,
+        **_looked_up(shape),
+        **launch_options(),
+        **_launch(plan),
+    )
+
+
+def _spread(query: Tensor, states: KernelStates, shape: Shape, plan: Schedule) -> Tensor:
+    """Queries by channel, each beside the channel that the rotary embedding pairs it with."""
+    rows, head_dim = query.shape[0] * states.num_heads, shape.key.head_dim
+    spread = query.new_empty(rows, head_dim, plan.columns, 2, dtype=torch.float16)
+    spread_queries[(rows,)](
+        query,
+        spread,
+        query.stride(0),
+        query.stride(1),
+        H=states.num_heads,
+        D=head_dim,
+        GQ=shape.group_queries,
+        GP=plan.columns,
+        num_warps=1,
+        **launch_options(),
+    )
+    return spread
+
+
+def _looked_up(shape: Shape) -> dict[str, object]:
+    """Constants of the forms that look codes up."""
+    return {
+        "K_OFFSET": shape.key.has_offset,
+        "V_OFFSET": shape.value.has_offset,
+        "K_SLOTS": shape.key.slots,
+        "V_SLOTS": shape.value.slots,
+        "IS_TURNED": shape.key.rotary_pairs > 0,
+    }
+
+
+_LAUNCHES = {
+    "int8": _launch_int8,
+    "fp16": _launch_fp16,
+    "levels": _launch_levels,
+    "table": _launch_table,
+}
 
 
 def _grid_of_columns(

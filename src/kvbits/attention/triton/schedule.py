@@ -24,6 +24,7 @@ from kvbits.geometry import LayerGeometry
 from kvbits.layer_plan import LayerPlan
 
 INT8_QUERIES = 4  # up to these, the int8 form's two columns per head are free
+INT8_FIELD = 32  # channels that a step of the int8 matrix unit takes
 TILE_TOKENS = 64
 EXACT_TILE_TOKENS = 16
 MAX_SPLITS = 256
@@ -39,7 +40,7 @@ WELL_FILLED = 0.9
 MOST_WAVES = 3
 LEAST_TILES = 6  # of a program, where there are more of them than run at a time
 
-Form = Literal["int8", "fp16", "table"]
+Form = Literal["int8", "fp16", "levels", "table"]
 
 
 class Device(NamedTuple):
@@ -94,9 +95,11 @@ class Schedule(NamedTuple):
     which are short, come last, so that the long ones are dealt evenly.
 
     Attributes:
-        form: ``int8`` or ``fp16`` tensor cores.
+        form: ``int8`` or ``fp16`` tensor cores; what looks codes up as bytes (``levels``) or as
+            fp16 (``table``).
         tile: Packed tokens a program takes at a time.
-        columns: Query columns of a program: heads for int8, heads times queries for fp16.
+        columns: Query columns of a program: heads for ``int8`` and ``levels``, else heads times
+            queries.
         splits: Programs over the packed tokens of a row.
         exact_splits: Programs over its exact tokens.
         num_warps: Warps of a program.
@@ -179,7 +182,7 @@ def decode_shapes(
 
 def _form(shape: Shape) -> Form:
     if shape.is_looked_up:
-        return "table"
+        return "levels" if _is_byte_shape(shape) else "table"
     is_packed = max(shape.key.bits, shape.value.bits) < 16
     # Per-channel scales multiply the query, and 3 bits are three planes: in fp16 the first take a
     # trip through shared memory, and the second more instructions.
@@ -189,12 +192,22 @@ def _form(shape: Shape) -> Form:
     return "int8" if is_packed and shape.is_ring and is_few else "fp16"
 
 
+def _is_byte_shape(shape: Shape) -> bool:
+    """Whether codes that are looked up can be looked up as bytes."""
+    key, value = shape.key, shape.value
+    is_one = shape.num_queries == 1 and shape.group_queries <= INT8_QUERIES and shape.is_ring
+    least = LEAST_FIELD if key.rotary_pairs else INT8_FIELD
+    is_wide = key.field >= least and value.field >= LEAST_FIELD
+    return is_one and is_wide and key.has_grid and value.has_grid
+
+
 def _tile(shape: Shape) -> int:
     group = shape.key.key_group
     shared = min(tokens for tokens in (group, shape.value.scale_tile, 128) if tokens)
     if shape.is_looked_up:
         is_one_warp = not _is_short(shape) and 3 not in (shape.key.bits, shape.value.bits)
-        return min(TILE_TOKENS // 2 if is_one_warp else TILE_TOKENS, shared)
+        is_large = _is_byte_shape(shape) and not shape.key.rotary_pairs
+        return min(TILE_TOKENS // 2 if is_one_warp and not is_large else TILE_TOKENS, shared)
     if group == shared == 128 and shape.num_queries == 1:
         return 128  # a group's scales are applied to the query once
     return min(TILE_TOKENS, shared)
@@ -206,7 +219,7 @@ def _is_short(shape: Shape) -> bool:
 
 
 def _columns(shape: Shape, form: Form) -> int:
-    if form == "int8":
+    if form in ("int8", "levels"):
         return _power_of_two(shape.group_queries, least=4)
     columns = shape.num_queries * shape.group_queries
     return min(64, _power_of_two(columns, least=8 if shape.num_queries == 1 else 16))
@@ -245,7 +258,7 @@ def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int
     """Programs whose registers a multiprocessor has at a time, as compiled for an H200."""
     if shape.num_queries > 1:
         return 3 if columns <= 16 else 2
-    if form == "table":
+    if form in ("levels", "table"):
         return 2 * SCHEDULERS // _warps(shape)
     is_wide = form == "fp16" or columns > INT8_QUERIES
     is_narrow = form == "fp16" and max(shape.key.bits, shape.value.bits) == 2

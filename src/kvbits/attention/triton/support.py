@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvbits.attention.triton.encoding import encoding
+from kvbits.attention.triton.tables import has_grid
 from kvbits.codecs import (
     Affine,
     Codebook,
@@ -42,6 +43,7 @@ class SideShape(NamedTuple):
         rotary_pairs: Pairs of channels that are stored as before the rotary embedding.
         has_token_scale: Whether every token has one scale more, which multiplies its states.
         scale_tile: Tokens that share one scale more of every channel; 0 where there is none.
+        has_grid: Whether what scales multiply lies on a grid that bytes number.
     """
 
     bits: int
@@ -55,6 +57,7 @@ class SideShape(NamedTuple):
     rotary_pairs: int = 0
     has_token_scale: bool = False
     scale_tile: int = 0
+    has_grid: bool = True
 
     @property
     def token_bytes(self) -> int:
@@ -102,13 +105,26 @@ def _leaf_shape(codec: Codec, head_dim: int) -> SideShape | None:
     if isinstance(codec, Identity):
         return SideShape(16, 0, 1, head_dim)
     if isinstance(codec, NormScaled):
-        return SideShape(codec.bits, 0, 1, head_dim, has_levels=True, has_offset=False)
+        return SideShape(
+            codec.bits,
+            0,
+            1,
+            head_dim,
+            has_levels=True,
+            has_offset=False,
+            has_grid=has_grid(codec),
+        )
     if isinstance(codec, Codebook) or (isinstance(codec, Affine) and codec.is_plain):
-        bits, has_levels = int(codec.bits), isinstance(codec, Codebook)
-        if codec.granularity == "per_channel":
-            return SideShape(bits, codec.block_tokens, 1, head_dim, has_levels=has_levels)
-        groups = head_dim // codec.group_size if codec.group_size else 1
-        return SideShape(bits, 0, groups, head_dim, has_levels=has_levels)
+        is_channel = codec.granularity == "per_channel"
+        is_grouped = not is_channel and codec.group_size
+        return SideShape(
+            int(codec.bits),
+            codec.block_tokens if is_channel else 0,
+            head_dim // codec.group_size if is_grouped else 1,
+            head_dim,
+            has_levels=isinstance(codec, Codebook),
+            has_grid=not isinstance(codec, Codebook) or has_grid(codec),
+        )
     return None
 
 

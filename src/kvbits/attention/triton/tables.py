@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from kvbits.codecs import Affine, Codebook, Codec, NormScaled, PreRope
+from kvbits.codecs.levels import grid_of
 from kvbits.codecs.wrappers import Wrapper
 
+GRID_BYTES = 16
 MOST_COUNT = 256  # channels of a head or tokens of a tile
 MANY = 1024  # codecs of all layers of a few models
 
@@ -37,6 +39,23 @@ def _levels(codec: Codec, head_dim: int) -> tuple[float, ...]:
         return codec.decoded_levels or codec.levels
     assert isinstance(codec, Affine)
     return tuple(range(2 ** int(codec.bits)))
+
+
+@functools.lru_cache(maxsize=MANY)
+def has_grid(codec: Codec) -> bool:
+    """Whether what scales multiply lies on a grid of bytes, for codes of up to 4 bits."""
+    return codec.code_bits() <= 4 and grid_of(_levels(codec, 1)) is not None
+
+
+@functools.lru_cache(maxsize=MANY)
+def grid_bytes(codec: Codec, head_dim: int, device: torch.device) -> Tensor:
+    """Places of a codec's levels on their grid: int8 ``[16]``; float32 ``low`` and ``step``."""
+    grid = grid_of(_levels(codec, head_dim))
+    assert grid is not None
+    places = torch.zeros(GRID_BYTES, dtype=torch.int8)
+    places[: len(grid.places)] = torch.tensor(grid.places, dtype=torch.int8)
+    ends = torch.tensor([grid.low, grid.step], dtype=torch.float32)
+    return torch.cat([places, ends.view(torch.int8)]).to(device)
 
 
 @functools.lru_cache(maxsize=MANY)

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from kvbits.attention.triton.kernels.layout import num_fields
 
+LANES = tl.constexpr(32)
+WORDS = tl.constexpr(64)  # bytes from a table of levels to the copies of every lane
 TURN = tl.constexpr(6.283185307179586 / 4294967296.0)  # radians in 2**-32 of a turn
 
 
@@ -63,16 +65,10 @@ def lookup_code(bits: Any) -> Any:
         choose(0, 2)
         lines += ["shr.u32 s, x0, 2;", "and.b32 s, s, 0x33333333;"]
         choose(1, 3)
-    else:  # planes in the order P0, P2, P1: channels 0, 1 | 4, 5 | 2, 3 and bits of 6 and 7
-        for plane, field in enumerate((0, 4, 2)):
-            lines += [f"shl.b32 t, x{plane}, 1;", "and.b32 t, t, 0x70707070;"]
-            lines += [f"and.b32 s, x{plane}, 0x07070707;", "or.b32 s, s, t;"]
-            choose(field, field + 1)
-        lines.append("mov.b32 s, 0;")
-        for plane, shift, mask in ((0, 6, 0x03), (2, 4, 0x04), (1, 1, 0x60), (2, 3, 0x10)):
-            lines += [f"shr.u32 t, x{plane}, {shift};", f"and.b32 t, t, {mask * 0x01010101};"]
-            lines.append("or.b32 s, s, t;")
-        choose(6, 7)
+    else:
+        for selector, fields in three_bit_selectors():
+            lines += selector
+            choose(*fields)
     return "{" + " ".join(lines) + "}"
 
 
@@ -85,9 +81,145 @@ def lookup_constraints(bits: Any) -> Any:
 
 
 @triton.constexpr_function
+def byte_lookup_code(bits: Any, is_half: Any) -> Any:
+    """PTX that turns four bytes (of each plane) into levels below 128, int8 or fp16.
+
+    A selector with bit 3 asks for the sign of a byte, which is zero for such levels: of the two
+    halves of a 16-level table one gives the level, the other nothing.
+    """
+    per_field = 2 if is_half else 1
+    outputs = per_field * num_fields(bits)
+    num_planes = 3 if bits == 3 else 1
+    table = [f"${outputs + num_planes + 4 * i}" for i in range((1 << bits) // 4)]
+    source = [f"${outputs + i}" for i in range(num_planes)]
+    lines = [".reg .b32 s, t, u, v, p, r, ones;"]
+    lines += ["mov.b32 ones, 0x64646464;"] if is_half else []
+
+    def look_up(found):
+        """Levels of four codes: of two fields of two bytes."""
+        lines.append(f"prmt.b32 {found}, {table[0]}, {table[1 if bits > 2 else 0]}, s;")
+        if bits == 4:
+            lines.append(f"prmt.b32 v, {table[2]}, {table[3]}, u;")
+            lines.append(f"or.b32 {found}, {found}, v;")
+
+    def choose(field, other):
+        """Two fields from the selector in s, and that of the upper levels in u."""
+        look_up("p")
+        lines.append("shr.u32 s, s, 16;")
+        if bits == 4:
+            lines.append("shr.u32 u, u, 16;")
+        look_up("r")
+        if not is_half:
+            lines.append(f"prmt.b32 ${field}, p, r, 0x6420;")
+            lines.append(f"prmt.b32 ${other}, p, r, 0x7531;")
+            return
+        for place, order in ((field, "0x4240"), (other, "0x4341")):
+            for half, found in enumerate(("p", "r")):
+                lines.append(f"prmt.b32 t, {found}, ones, {order};")  # 1024 + level
+                lines.append(f"add.rn.f16x2 ${2 * place + half}, t, less;")
+
+    if is_half:
+        lines[0] = ".reg .b32 s, t, u, v, p, r, ones, less;"
+        lines.append("mov.b32 less, 0xE400E400;")
+    if bits == 4:
+        lines += [f"xor.b32 s, {source[0]}, 0x80808080;", f"xor.b32 u, {source[0]}, 0x08080808;"]
+        choose(0, 1)
+    elif bits == 2:
+        lines.append(f"and.b32 s, {source[0]}, 0x33333333;")
+        choose(0, 2)
+        lines += [f"shr.u32 s, {source[0]}, 2;", "xor.b32 s, s, 0x20202020;"]
+        lines.append("and.b32 s, s, 0x33333333;")
+        choose(1, 3)
+    else:
+        lines[0] = lines[0].replace(".reg .b32 ", ".reg .b32 x0, x1, x2, ")
+        lines += [f"xor.b32 x{i}, {source[i]}, 0x80808080;" for i in range(3)]
+        for lines_of_plane in three_bit_selectors():
+            lines += lines_of_plane[0]
+            choose(*lines_of_plane[1])
+    return "{" + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
+def three_bit_selectors() -> Any:
+    """Selectors of two fields each, of planes in the order P0, P2, P1.
+
+    Channels 0, 1 | 4, 5 | 2, 3 and bits of 6 and 7.
+    """
+    found = []
+    for plane, field in enumerate((0, 4, 2)):
+        lines = [f"shl.b32 t, x{plane}, 1;", "and.b32 t, t, 0x70707070;"]
+        lines += [f"and.b32 s, x{plane}, 0x07070707;", "or.b32 s, s, t;"]
+        found.append((lines, (field, field + 1)))
+    lines = ["mov.b32 s, 0;"]
+    for plane, shift, mask in ((0, 6, 0x03), (2, 4, 0x04), (1, 1, 0x60), (2, 3, 0x10)):
+        lines += [f"shr.u32 t, x{plane}, {shift};", f"and.b32 t, t, {mask * 0x01010101};"]
+        lines.append("or.b32 s, s, t;")
+    found.append((lines, (6, 7)))
+    return found
+
+
+@triton.constexpr_function
+def byte_lookup_constraints(bits: Any, is_half: Any) -> Any:
+    """Outputs, planes, and every word of the table four times: once for each of four bytes."""
+    outputs = (2 if is_half else 1) * num_fields(bits)
+    inputs = (3 if bits == 3 else 1) + 4 * ((1 << bits) // 4)
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+
+
+@triton.constexpr_function
+def kinds(is_half: Any, count: Any) -> Any:
+    """So many results."""
+    return (tl.float16 if is_half else tl.int8,) * count
+
+
+@triton.jit
+def byte_levels_of(
+    b_w, b_t, LEVELS, BITS: tl.constexpr, IS_HALF: tl.constexpr, COMPILED: tl.constexpr
+):
+    """Fields of levels, int8 or fp16, of bytes: one tile, or three planes of 3 bits.
+
+    LEVELS: int8, none negative; ``b_t``: the same in registers, four in one.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            byte_lookup_code(BITS, IS_HALF),
+            byte_lookup_constraints(BITS, IS_HALF),
+            b_w + b_t,
+            dtype=kinds(IS_HALF, num_fields(BITS)),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        b_c = codes_of(b_w, BITS)
+        b_f = ()
+        for j in tl.static_range(num_fields(BITS)):
+            b_x = tl.load(LEVELS + b_c[j])
+            b_f = b_f + (b_x.to(tl.float16) if IS_HALF else b_x,)
+        return b_f
+
+
+@triton.constexpr_function
 def halves(count: Any) -> Any:
     """So many fp16 results."""
     return (tl.float16,) * count
+
+
+@triton.jit
+def codes_of(b_w, BITS: tl.constexpr):
+    """Codes of every field, int32, without byte permutes."""
+    N: tl.constexpr = 1 << BITS
+    b_c = ()
+    if BITS == 3:
+        b_0 = (b_w[0] ^ -128).to(tl.int32) & 0xFF
+        b_2 = (b_w[1] ^ -128).to(tl.int32) & 0xFF
+        b_1 = (b_w[2] ^ -128).to(tl.int32) & 0xFF
+        b_c = b_c + (b_0 & 7, b_0 >> 3 & 7, b_1 & 7, b_1 >> 3 & 7, b_2 & 7, b_2 >> 3 & 7)
+        b_c = b_c + (b_0 >> 6 | (b_1 >> 4 & 4), (b_2 >> 6) * 2 | b_1 >> 7)
+    else:
+        b_x = (b_w[0] ^ -128).to(tl.int32) & 0xFF
+        for k in tl.static_range(num_fields(BITS)):
+            b_c = b_c + (b_x >> (k * BITS) & (N - 1),)
+    return b_c
 
 
 @triton.jit
@@ -99,19 +231,21 @@ def level_of(b_c, LEVELS, N: tl.constexpr):
 
 
 @triton.jit
-def table_words(LEVELS, BITS: tl.constexpr, COMPILED: tl.constexpr):
-    """The table of ``levels_of`` in registers, ``[1, 1]`` each.
+def table_words(LEVELS, BITS: tl.constexpr, BYTES: tl.constexpr, COMPILED: tl.constexpr):
+    """A table of levels of so many bytes each in registers, ``[1, 1]`` each.
 
-    By way of a shuffle: a byte permute takes no two of the registers that all lanes share, which
-    is where the compiler would keep them.
+    Every lane reads a copy of its own, which lies WORDS bytes behind the table: a byte permute
+    takes no two of the registers that all lanes share, which is where the compiler would keep
+    what it knows to be the same for all.
     """
     p_t = LEVELS.to(tl.pointer_type(tl.int32))
     b_t = ()
-    for i in tl.static_range((1 << BITS) // 2):
+    for i in tl.static_range((1 << BITS) * BYTES // 4):
         b_x = tl.load(p_t + i + tl.zeros([1, 1], tl.int32))
         if COMPILED:
             b_x = tl.inline_asm_elementwise(
-                "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;",
+                "{.reg .b32 l, e; mov.u32 l, %lanemask_lt; mov.u32 e, %lanemask_eq; "
+                "and.b32 l, l, e; or.b32 $0, $1, l;}",
                 "=r,r",
                 [b_x],
                 dtype=tl.int32,
@@ -139,20 +273,10 @@ def levels_of(b_w, b_t, LEVELS, BITS: tl.constexpr, COMPILED: tl.constexpr):
             pack=4,
         )
     else:
+        b_c = codes_of(b_w, BITS)
         b_f = ()
-        if BITS == 3:
-            b_0 = (b_w[0] ^ -128).to(tl.int32) & 0xFF
-            b_2 = (b_w[1] ^ -128).to(tl.int32) & 0xFF
-            b_1 = (b_w[2] ^ -128).to(tl.int32) & 0xFF
-            b_f = b_f + (level_of(b_0 & 7, LEVELS, N), level_of(b_0 >> 3 & 7, LEVELS, N))
-            b_f = b_f + (level_of(b_1 & 7, LEVELS, N), level_of(b_1 >> 3 & 7, LEVELS, N))
-            b_f = b_f + (level_of(b_2 & 7, LEVELS, N), level_of(b_2 >> 3 & 7, LEVELS, N))
-            b_f = b_f + (level_of(b_0 >> 6 | (b_1 >> 4 & 4), LEVELS, N),)
-            b_f = b_f + (level_of((b_2 >> 6) * 2 | b_1 >> 7, LEVELS, N),)
-        else:
-            b_x = (b_w[0] ^ -128).to(tl.int32) & 0xFF
-            for k in tl.static_range(num_fields(BITS)):
-                b_f = b_f + (level_of(b_x >> (k * BITS) & (N - 1), LEVELS, N),)
+        for j in tl.static_range(num_fields(BITS)):
+            b_f = b_f + (level_of(b_c[j], LEVELS, N),)
         return b_f
 
 

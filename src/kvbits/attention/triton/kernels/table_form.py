@@ -229,8 +229,8 @@ def attend_table(
     b_z = ()
     for g in tl.static_range(VG):
         b_z = b_z + (tl.zeros([8, HP], tl.float32),)
-    b_kt = table_words(K_LEVELS, KB, COMPILED)
-    b_vt = table_words(V_LEVELS, VB, COMPILED)
+    b_kt = table_words(K_LEVELS, KB, 2, COMPILED)
+    b_vt = table_words(V_LEVELS, VB, 2, COMPILED)
     top = 1e-20  # largest scale or outlier of values so far: products with it stay within fp16
 
     begin, step, num_tiles = tiles_of_split(
