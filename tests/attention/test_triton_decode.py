@@ -211,7 +211,7 @@ BYTES = {
         value_codec=Outliers(inner=Affine(bits=4), slots=4), head_dim=256, softcap=9.0,
         has_outliers=True),
     "head_dim 64": Case(
-        head_dim=64, key_codec=on_bytes(4), value_codec=on_bytes(3),
+        head_dim=64, key_codec=on_bytes(4), value_codec=on_bytes(4),
         window=90, dtype=torch.float16),
     "plain values": Case(key_codec=on_bytes(4, is_turned=True), value_bits=2, value_groups=2),
     "turned, fp16": Case(

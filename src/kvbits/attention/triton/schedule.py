@@ -206,8 +206,8 @@ def _tile(shape: Shape) -> int:
     shared = min(tokens for tokens in (group, shape.value.scale_tile, 128) if tokens)
     if shape.is_looked_up:
         is_one_warp = not _is_short(shape) and 3 not in (shape.key.bits, shape.value.bits)
-        is_large = _is_byte_shape(shape) and not shape.key.rotary_pairs
-        return min(TILE_TOKENS // 2 if is_one_warp and not is_large else TILE_TOKENS, shared)
+        is_small = is_one_warp and not _is_byte_shape(shape)
+        return min(TILE_TOKENS // 2 if is_small else TILE_TOKENS, shared)
     if group == shared == 128 and shape.num_queries == 1:
         return 128  # a group's scales are applied to the query once
     return min(TILE_TOKENS, shared)

@@ -33,12 +33,16 @@ from kvbits.attention.triton.kernels.layout import high16, low16, num_fields, pa
 from kvbits.attention.triton.kernels.lookup import (
     byte_levels_of,
     cos_sin,
+    even_of,
     field_width,
     is_at,
     scaled,
+    scaled_up_to,
     table_words,
     turned,
 )
+
+UNIT = tl.constexpr(4096.0)  # twice that many are what a level is short of as fp16: 2**24
 
 
 @triton.jit
@@ -50,6 +54,21 @@ def token_scales(p_params, place, mask, HAS_OFFSET: tl.constexpr):
     else:
         b_s = tl.load(p_params.to(tl.pointer_type(tl.float16)) + place, mask=mask, other=0.0)
         return b_s.to(tl.float32), tl.zeros(b_s.shape, tl.float32)
+
+
+@triton.jit
+def key_bytes(p_w, KB: tl.constexpr, KW: tl.constexpr):
+    """Bytes of keys: one tile, or the three planes of 3 bits."""
+    if KB == 3:
+        return (tl.load(p_w), tl.load(p_w + KW), tl.load(p_w + 2 * KW))
+    else:
+        return (tl.load(p_w),)
+
+
+@triton.jit
+def turned_back(b_x, b_y, b_cos, b_sin):
+    """Pairs of channels, turned back by an angle."""
+    return b_x * b_cos + b_y * b_sin, b_y * b_cos - b_x * b_sin
 
 
 @triton.jit
@@ -271,6 +290,8 @@ def attend_levels(
     VW: tl.constexpr = field_width(VB, DV)
     K_PARAMS: tl.constexpr = (2 if K_OFFSET else 1) * (PAGE if G == 0 else PAGE // G * DK)
     V_PARAMS: tl.constexpr = (2 if V_OFFSET else 1) * VG * PAGE
+    BT: tl.constexpr = min(BN, 32)  # tokens that the table of the rotary embedding is for
+    o_t = tl.arange(0, BT)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, KW)
     o_v = tl.arange(0, VW)
@@ -288,21 +309,29 @@ def attend_levels(
     if IS_TURNED:
         b_none = tl.zeros([1], tl.float16)
         b_low = b_none + k_low.to(tl.float16)
-        b_step = b_none + k_step.to(tl.float16)
-        # a query's fp16 column, and one that is not used
+        b_step = b_none + (k_step * UNIT).to(tl.float16)
+        b_down = b_none + (1 / UNIT)
+        # Two columns a head: for the first tokens of a tile and, turned on, for the others.
         o_c = tl.arange(0, 2 * GP)
-        m_c = (o_c % 2 == 0) & (o_c // 2 < GQ)
         for j in tl.static_range(KF):
             p_q2 = p_q + (o_c // 2)[None, :] * sq_h + (j * KW + o_k)[:, None]
-            b_q = b_q + (tl.load(p_q2, mask=m_c[None, :], other=0.0).to(tl.float32),)
-        b_on = tl.load(COUNT + o_n).to(tl.int32)
+            b_qj = tl.load(p_q2, mask=(o_c // 2 < GQ)[None, :], other=0.0)
+            b_q = b_q + (b_qj.to(tl.float32),)
+        b_on = tl.load(COUNT + o_t).to(tl.int32)
+        b_q_low = ()
+        b_q_high = ()
         for j in tl.static_range(KF // 2):
             p_phase = PHASES + j * KW + o_k
             b_phase = b_phase + (tl.load(p_phase),)
             b_turn = tl.load(p_phase.to(tl.pointer_type(tl.int32)) + 1)
             b_kc, b_ks = cos_sin(b_on[:, None] * b_turn[None, :], COMPILED)
-            b_cos = b_cos + (b_kc.to(tl.float16),)
-            b_sin = b_sin + (b_ks.to(tl.float16),)
+            b_cos = b_cos + ((b_kc * UNIT).to(tl.float16),)
+            b_sin = b_sin + ((b_ks * UNIT).to(tl.float16),)
+            b_oc, b_os = cos_sin((o_c % 2)[None, :] * (b_turn * BT)[:, None], COMPILED)
+            b_ql, b_qh = turned_back(b_q[j], b_q[j + KF // 2], b_oc, b_os)
+            b_q_low = b_q_low + (b_ql,)
+            b_q_high = b_q_high + (b_qh,)
+        b_q = b_q_low + b_q_high
     else:
         b_qsum = tl.zeros([GP], tl.float32)
         for j in tl.static_range(KF):
@@ -316,7 +345,7 @@ def attend_levels(
     if K_SLOTS > 0:
         p_qt = QT + i_row * (DK * 2 * GP)
     if V_SLOTS > 0:
-        b_rows = tl.load(COUNT + tl.arange(0, DV // 2)).to(tl.float16, bitcast=True)
+        b_rows = tl.load(COUNT + 2 * tl.arange(0, DV // 2)).to(tl.float16, bitcast=True)
         b_extra = tl.zeros([DV // 2, 2 * GP], tl.float32)
 
     b_acc = ()
@@ -343,47 +372,64 @@ def attend_levels(
         p_v = V_POOL + v_page * 16 + i_hs * (PAGE * VR) + at
         p_ks = K_POOL + k_page * 16 + HS * PAGE * KR
         p_vs = V_POOL + v_page * 16 + HS * PAGE * VR
-        p_kw = p_k + o_n[:, None] * KR + o_k[None, :]
-        if KB == 3:
-            b_kw = (tl.load(p_kw), tl.load(p_kw + KW), tl.load(p_kw + 2 * KW))
-        else:
-            b_kw = (tl.load(p_kw),)
-        b_k = byte_levels_of(b_kw, b_kt, K_LEVELS, KB, IS_TURNED, COMPILED)
         if G == 0:
-            b_ks, b_kz = token_scales(p_ks + i_hs * (2 * K_PARAMS), at + o_n, m_n, K_OFFSET)
+            b_rs, b_rz = token_scales(p_ks + i_hs * (2 * K_PARAMS), at + o_n, m_n, K_OFFSET)
         else:
             p_group = p_ks.to(tl.pointer_type(tl.int32)) + i_hs * (K_PARAMS // 2)
             p_group += at // G * DK
         if IS_TURNED:
-            b_scaled = ()
-            for j in tl.static_range(KF):
-                if G == 0:
-                    b_x = scaled(
-                        b_k[j],
-                        (b_ks * k_step).to(tl.float16)[:, None],
-                        (b_ks * k_low + b_kz).to(tl.float16)[:, None],
-                        COMPILED,
-                    )
-                else:
-                    b_pair = tl.load(p_group + j * KW + o_k)
-                    b_cs = low16(b_pair)
-                    b_cz = scaled(b_cs, b_low, high16(b_pair), COMPILED)
-                    b_cs = scaled(b_cs, b_step, b_none, COMPILED)
-                    b_x = scaled(b_k[j], b_cs[None, :], b_cz[None, :], COMPILED)
-                b_scaled = b_scaled + (b_x,)
-            b_two = tl.zeros([BN, 2 * GP], tl.float32)
+            b_q16 = ()
             for j in tl.static_range(KF // 2):
                 b_turns = (((S + n).to(tl.int64) * b_phase[j]) >> 32).to(tl.int32)
                 b_tc, b_ts = cos_sin(b_turns, COMPILED)
-                b_q0 = b_q[j] * b_tc[:, None] + b_q[j + KF // 2] * b_ts[:, None]
-                b_q1 = b_q[j + KF // 2] * b_tc[:, None] - b_q[j] * b_ts[:, None]
-                b_k0, b_k1 = b_scaled[j], b_scaled[j + KF // 2]
-                b_t0 = turned(b_k0, b_k1, b_cos[j], b_sin[j], False, COMPILED)
-                b_t1 = turned(b_k1, b_k0, b_cos[j], b_sin[j], True, COMPILED)
-                b_two = tl.dot(b_t0, b_q0.to(tl.float16), b_two)
-                b_two = tl.dot(b_t1, b_q1.to(tl.float16), b_two)
-            b_s, _ = tl.split(tl.reshape(b_two, [BN, GP, 2]))
+                b_q0, b_q1 = turned_back(b_q[j], b_q[j + KF // 2], b_tc[:, None], b_ts[:, None])
+                b_q16 = b_q16 + (b_q0.to(tl.float16), b_q1.to(tl.float16))
+            b_cs = ()
+            b_cz = ()
+            if G > 0:
+                for j in tl.static_range(KF):
+                    b_pair = tl.load(p_group + j * KW + o_k)
+                    b_x = scaled(low16(b_pair), b_low, high16(b_pair), COMPILED)
+                    b_cz = b_cz + (scaled(b_x, b_down, b_none, COMPILED),)
+                    b_cs = b_cs + (scaled_up_to(low16(b_pair), b_step, b_none, COMPILED),)
+            b_part = ()
+            for half in tl.static_range(BN // BT):
+                p_kw = p_k + (half * BT + o_t)[:, None] * KR + o_k[None, :]
+                b_k = byte_levels_of(key_bytes(p_kw, KB, KW), b_kt, K_LEVELS, KB, True, COMPILED)
+                b_scaled = ()
+                for j in tl.static_range(KF):
+                    if G > 0:
+                        b_x = scaled(b_k[j], b_cs[j][None, :], b_cz[j][None, :], COMPILED)
+                    else:
+                        m_t = half * BT + o_t < packed - n
+                        place = at + half * BT + o_t
+                        b_hs, b_hz = token_scales(
+                            p_ks + i_hs * (2 * K_PARAMS), place, m_t, K_OFFSET
+                        )
+                        b_x = scaled(
+                            b_k[j],
+                            tl.minimum(b_hs * (k_step * UNIT), 65504.0).to(tl.float16)[:, None],
+                            ((b_hs * k_low + b_hz) * (1 / UNIT)).to(tl.float16)[:, None],
+                            COMPILED,
+                        )
+                    b_scaled = b_scaled + (b_x,)
+                b_two = tl.zeros([BT, 2 * GP], tl.float32)
+                for j in tl.static_range(KF // 2):
+                    b_k0, b_k1 = b_scaled[j], b_scaled[j + KF // 2]
+                    b_t0 = turned(b_k0, b_k1, b_cos[j], b_sin[j], False, COMPILED)
+                    b_t1 = turned(b_k1, b_k0, b_cos[j], b_sin[j], True, COMPILED)
+                    b_two = tl.dot(b_t0, b_q16[2 * j], b_two)
+                    b_two = tl.dot(b_t1, b_q16[2 * j + 1], b_two)
+                b_first, b_other = tl.split(tl.reshape(b_two, [BT, GP, 2]))
+                b_part = b_part + (b_other if half else b_first,)
+            if BN == BT:
+                b_s = b_part[0]
+            else:
+                b_s = tl.permute(tl.join(b_part[0], b_part[1]), (2, 0, 1))
+                b_s = tl.reshape(b_s, [BN, GP])
         else:
+            p_kw = p_k + o_n[:, None] * KR + o_k[None, :]
+            b_k = byte_levels_of(key_bytes(p_kw, KB, KW), b_kt, K_LEVELS, KB, False, COMPILED)
             if G > 0:
                 b_w = ()
                 b_bias = b_qsum * 0.0
@@ -398,7 +444,7 @@ def attend_levels(
                 b_d = tl.dot(b_k[j], b_ops[j], b_d, out_dtype=tl.int32)
             b_s = joined(b_d, BN, GP) * b_unit[None, :]
             if G == 0:
-                b_s = b_s * b_ks[:, None] + (b_ks * k_low + b_kz)[:, None] * b_qsum[None, :]
+                b_s = b_s * b_rs[:, None] + (b_rs * k_low + b_rz)[:, None] * b_qsum[None, :]
             else:
                 b_s += b_bias[None, :]
         p_channel = p_ks + HS * (2 * K_PARAMS)
@@ -461,9 +507,12 @@ def attend_levels(
             b_extra *= twice(b_a, GP)
         for i in tl.static_range(V_SLOTS // 2):
             place = (i_hs * PAGE + at + o_n) * (V_SLOTS // 2) + i
-            b_c0, b_c1, b_d0, b_d1 = outlier_pairs(p_channel, p_value, place, m_n)
-            b_extra = outlier_sums(b_pb, b_c0, b_d0, b_rows, b_extra, BN, GP, COMPILED)
-            b_extra = outlier_sums(b_pb, b_c1, b_d1, b_rows, b_extra, BN, GP, COMPILED)
+            b_pair = tl.load(p_channel.to(tl.pointer_type(tl.int16)) + place, mask=m_n, other=0)
+            b_value = tl.load(p_value.to(tl.pointer_type(tl.int32)) + place, mask=m_n, other=0)
+            for half in tl.static_range(2):
+                b_extra = outlier_sums(
+                    b_pb, b_pair, b_value, b_rows, b_extra, half, BN, GP, COMPILED
+                )
 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -492,19 +541,21 @@ def twice(b_a, GP: tl.constexpr):
 @triton.jit
 def outlier_sums(
     b_p,
-    b_c,
-    b_d,
+    b_pair,
+    b_value,
     b_rows,
     b_extra,
+    HALF: tl.constexpr,
     BN: tl.constexpr,
     GP: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
     """Add one outlier of every value, times its probability, to the sums of its channel."""
-    b_row = (b_c >> 1).to(tl.int16).to(tl.float16, bitcast=True)
-    b_is_row = is_at(b_rows[:, None], b_row[None, :], COMPILED)  # [DV / 2, BN]
-    is_odd = (b_c & 1) > 0
-    b_even = b_p * tl.where(is_odd, 0.0, b_d)[:, None]
-    b_odd = b_p * tl.where(is_odd, b_d, 0.0)[:, None]
-    b_x = tl.reshape(tl.join(b_even, b_odd), [BN, 2 * GP])
+    b_even = even_of(b_pair, HALF, COMPILED)
+    b_is_row = is_at(b_rows[:, None], b_even[None, :], COMPILED)  # [DV / 2, BN]
+    b_d = (high16(b_value) if HALF else low16(b_value)).to(tl.float32)
+    is_odd = (b_pair & (256 if HALF else 1)) != 0
+    b_first = b_p * tl.where(is_odd, 0.0, b_d)[:, None]
+    b_other = b_p * tl.where(is_odd, b_d, 0.0)[:, None]
+    b_x = tl.reshape(tl.join(b_first, b_other), [BN, 2 * GP])
     return tl.dot(b_is_row, b_x.to(tl.float16), b_extra)

@@ -84,6 +84,8 @@ def lookup_constraints(bits: Any) -> Any:
 def byte_lookup_code(bits: Any, is_half: Any) -> Any:
     """PTX that turns four bytes (of each plane) into levels below 128, int8 or fp16.
 
+    The bits of a byte are those of an fp16 number of 2**-24 for every level.
+
     A selector with bit 3 asks for the sign of a byte, which is zero for such levels: of the two
     halves of a 16-level table one gives the level, the other nothing.
     """
@@ -92,8 +94,7 @@ def byte_lookup_code(bits: Any, is_half: Any) -> Any:
     num_planes = 3 if bits == 3 else 1
     table = [f"${outputs + num_planes + 4 * i}" for i in range((1 << bits) // 4)]
     source = [f"${outputs + i}" for i in range(num_planes)]
-    lines = [".reg .b32 s, t, u, v, p, r, ones;"]
-    lines += ["mov.b32 ones, 0x64646464;"] if is_half else []
+    lines = [".reg .b32 s, t, u, v, p, r, zero;", "mov.b32 zero, 0;"]
 
     def look_up(found):
         """Levels of four codes: of two fields of two bytes."""
@@ -115,12 +116,8 @@ def byte_lookup_code(bits: Any, is_half: Any) -> Any:
             return
         for place, order in ((field, "0x4240"), (other, "0x4341")):
             for half, found in enumerate(("p", "r")):
-                lines.append(f"prmt.b32 t, {found}, ones, {order};")  # 1024 + level
-                lines.append(f"add.rn.f16x2 ${2 * place + half}, t, less;")
+                lines.append(f"prmt.b32 ${2 * place + half}, {found}, zero, {order};")
 
-    if is_half:
-        lines[0] = ".reg .b32 s, t, u, v, p, r, ones, less;"
-        lines.append("mov.b32 less, 0xE400E400;")
     if bits == 4:
         lines += [f"xor.b32 s, {source[0]}, 0x80808080;", f"xor.b32 u, {source[0]}, 0x08080808;"]
         choose(0, 1)
@@ -176,7 +173,7 @@ def kinds(is_half: Any, count: Any) -> Any:
 def byte_levels_of(
     b_w, b_t, LEVELS, BITS: tl.constexpr, IS_HALF: tl.constexpr, COMPILED: tl.constexpr
 ):
-    """Fields of levels, int8 or fp16, of bytes: one tile, or three planes of 3 bits.
+    """Fields of levels, int8 or fp16 (times 2**-24), of bytes: a tile, or three planes of 3 bits.
 
     LEVELS: int8, none negative; ``b_t``: the same in registers, four in one.
     """
@@ -194,7 +191,7 @@ def byte_levels_of(
         b_f = ()
         for j in tl.static_range(num_fields(BITS)):
             b_x = tl.load(LEVELS + b_c[j])
-            b_f = b_f + (b_x.to(tl.float16) if IS_HALF else b_x,)
+            b_f = b_f + (b_x.to(tl.int16).to(tl.float16, bitcast=True) if IS_HALF else b_x,)
         return b_f
 
 
@@ -297,6 +294,23 @@ def scaled(b_x, b_s, b_z, COMPILED: tl.constexpr):
 
 
 @triton.jit
+def scaled_up_to(b_x, b_s, b_z, COMPILED: tl.constexpr):
+    """``x * s + z`` of fp16 pairs, at most the largest number."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t, m; mov.b32 m, 0x7BFF7BFF; fma.rn.f16x2 t, $1, $2, $3; "
+            "min.f16x2 $0, t, m;}",
+            "=r,r,r,r",
+            [b_x, b_s, b_z],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.minimum(b_x.to(tl.float32) * b_s + b_z, 65504.0).to(tl.float16)
+
+
+@triton.jit
 def patched(b_x, b_at, b_c, b_d, COMPILED: tl.constexpr):
     """``x + d`` where ``at == c``, of fp16 pairs."""
     if COMPILED:
@@ -337,6 +351,24 @@ def turned(b_x, b_y, b_cos, b_sin, IS_HIGH: tl.constexpr, COMPILED: tl.constexpr
     else:
         b_t = b_y.to(tl.float32) * b_sin
         return (b_x.to(tl.float32) * b_cos + (b_t if IS_HIGH else -b_t)).to(tl.float16)
+
+
+@triton.constexpr_function
+def even_code(half: Any) -> Any:
+    """PTX that takes one of the two bytes of a pair, without its lowest bit."""
+    shift = "shr.u32 t, t, 8; " if half else ""
+    return "{.reg .b32 t; mov.b32 t, $1; " + shift + "and.b32 $0, t, 0x00FE00FE;}"
+
+
+@triton.jit
+def even_of(b_pair, HALF: tl.constexpr, COMPILED: tl.constexpr):
+    """The even number at or below one of two bytes, as the fp16 number its bits spell."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            even_code(HALF), "=r,r", [b_pair], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return ((b_pair >> (8 * HALF)) & 0xFE).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
