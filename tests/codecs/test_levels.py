@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from kvbits.codecs import NormScaled
-from kvbits.codecs.levels import lloyd_max, normal_float, normal_quantiles
+from kvbits.codecs.levels import (
+    MOST_STEPS,
+    grid_of,
+    lloyd_max,
+    normal_float,
+    normal_quantiles,
+    on_grid,
+)
 
 # Max (1960), table I: positive levels and the error they leave.
 LLOYD_MAX = {
@@ -65,3 +72,30 @@ def test_normal_quantiles_lie_in_the_middle_of_equal_shares():
     inner = 0.31864 / 1.15035
     assert normal_quantiles(2) == pytest.approx((-1, -inner, inner, 1), abs=1e-5)
     assert len(normal_quantiles(8)) == 256
+
+
+@pytest.mark.parametrize("table", [lloyd_max, normal_float])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_move_to_the_nearest_grid_of_bytes(table, bits):
+    levels = table(bits)
+    moved = on_grid(levels)
+    grid = grid_of(moved)
+    assert grid.places[0] == 0
+    assert grid.places[-1] <= MOST_STEPS
+    assert grid.levels == pytest.approx(moved)
+    assert moved[0] == levels[0]
+    assert moved[-1] == pytest.approx(levels[-1])
+    # Half a step of the coarsest grid that may be taken instead of the finest one.
+    assert max(abs(x - y) for x, y in zip(levels, moved, strict=True)) <= (
+        (levels[-1] - levels[0]) / MOST_STEPS
+    )
+
+
+def test_levels_between_the_places_of_a_grid_are_on_none():
+    assert grid_of((-1.0, -0.513, 0.1234, 0.4321, 0.61, 0.777, 0.8989, 1.0)) is None
+    assert grid_of((0.0, 1.0, 2.0, 3.0)) == (0.0, 1.0, (0, 1, 2, 3))
+
+
+def test_levels_that_a_grid_would_join_stay_apart():
+    places = grid_of(on_grid((0.0, 1e-5, 2e-5, 1.0))).places
+    assert list(places) == sorted(set(places))

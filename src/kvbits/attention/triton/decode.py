@@ -22,8 +22,9 @@ from kvbits.attention.triton.kernels.fp16_form import attend_fp16
 from kvbits.attention.triton.kernels.int8_form import attend_int8
 from kvbits.attention.triton.kernels.int8_query import key_width, prepare_queries
 from kvbits.attention.triton.kernels.layout import num_segments
-from kvbits.attention.triton.kernels.level_form import attend_levels, spread_queries
+from kvbits.attention.triton.kernels.level_form import attend_levels
 from kvbits.attention.triton.kernels.merge import merge_splits, rotate_queries
+from kvbits.attention.triton.kernels.outliers import spread_queries
 from kvbits.attention.triton.kernels.table_form import attend_table
 from kvbits.attention.triton.launch import device_of, is_interpreted, launch_options
 from kvbits.attention.triton.schedule import Schedule, Shape

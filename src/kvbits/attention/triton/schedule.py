@@ -135,7 +135,8 @@ def choose(shape: Shape, device: Device = DEFAULT_DEVICE) -> Schedule:
     splits = max(1, min(tiles, _splits(shape, form, tile, columns, tiles, rows, device)))
     splits = _splits_of_longest(splits, tiles, max(1, -(-shape.num_tokens // tile)))
     exact = -(-shape.exact_tokens // EXACT_TILE_TOKENS)
-    return Schedule(form, tile, columns, splits, _exact_splits(exact, tiles, splits), warps, DEPTH)
+    exact_splits, depth = _exact_splits(exact, tiles, splits), _depth(shape, form, tile)
+    return Schedule(form, tile, columns, splits, exact_splits, warps, depth)
 
 
 def choose_together(shapes: Sequence[Shape], device: Device = DEFAULT_DEVICE) -> list[Schedule]:
@@ -186,7 +187,7 @@ def _form(shape: Shape) -> Form:
     is_packed = max(shape.key.bits, shape.value.bits) < 16
     # Per-channel scales multiply the query, and 3 bits are three planes: in fp16 the first take a
     # trip through shared memory, and the second more instructions.
-    is_costly = shape.key.key_group > 0 or 3 in (shape.key.bits, shape.value.bits)
+    is_costly = shape.key.key_group > 0 or _has_planes(shape)
     most = 2 * INT8_QUERIES if is_costly else INT8_QUERIES
     is_few = shape.num_queries == 1 and shape.group_queries <= most
     return "int8" if is_packed and shape.is_ring and is_few else "fp16"
@@ -205,12 +206,28 @@ def _tile(shape: Shape) -> int:
     group = shape.key.key_group
     shared = min(tokens for tokens in (group, shape.value.scale_tile, 128) if tokens)
     if shape.is_looked_up:
-        is_one_warp = not _is_short(shape) and 3 not in (shape.key.bits, shape.value.bits)
-        is_small = is_one_warp and not _is_byte_shape(shape)
+        is_one_warp = not _is_short(shape) and not _has_planes(shape)
+        is_small = is_one_warp and (not _is_byte_shape(shape) or _is_full(shape))
         return min(TILE_TOKENS // 2 if is_small else TILE_TOKENS, shared)
     if group == shared == 128 and shape.num_queries == 1:
         return 128  # a group's scales are applied to the query once
     return min(TILE_TOKENS, shared)
+
+
+def _depth(shape: Shape, form: Form, tile: int) -> int:
+    """Tiles ahead: what is fetched for outliers takes the room of a second large tile."""
+    has_slots = max(shape.key.slots, shape.value.slots) > 0
+    return 1 if form == "levels" and has_slots and tile == TILE_TOKENS else DEPTH
+
+
+def _has_planes(shape: Shape) -> bool:
+    """Whether codes of 3 bits lie in three planes."""
+    return 3 in (shape.key.bits, shape.value.bits)
+
+
+def _is_full(shape: Shape) -> bool:
+    """Whether turned keys and outliers together leave registers for half a tile only."""
+    return shape.key.rotary_pairs > 0 and max(shape.key.slots, shape.value.slots) > 0
 
 
 def _is_short(shape: Shape) -> bool:
@@ -227,7 +244,9 @@ def _columns(shape: Shape, form: Form) -> int:
 
 def _warps(shape: Shape) -> int:
     if shape.is_looked_up:
-        return min(4, shape.value.field // LEAST_FIELD) if _is_short(shape) else 1
+        if _is_short(shape):
+            return min(4, shape.value.field // LEAST_FIELD)
+        return 2 if _is_byte_shape(shape) and _is_full(shape) and _has_planes(shape) else 1
     if shape.num_queries > 1:
         return 4
     return 2 if min(shape.key.bits, shape.value.bits) == 16 else 1
@@ -251,7 +270,8 @@ def _splits(
         programs = SCHEDULERS * (2 if is_heavy else 1)
         splits = programs * device.multiprocessors // rows
         return splits - 1 if splits >= SHORT_SPLIT_TILES else splits
-    return _even_splits(resident, rows, device.multiprocessors) or filling
+    even = _even_splits(resident, rows, device.multiprocessors)
+    return filling if form == "levels" else even or filling
 
 
 def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int:
@@ -259,7 +279,8 @@ def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int
     if shape.num_queries > 1:
         return 3 if columns <= 16 else 2
     if form in ("levels", "table"):
-        return 2 * SCHEDULERS // _warps(shape)
+        is_light = form == "levels" and not (shape.key.rotary_pairs or shape.value.slots)
+        return (3 if is_light else 2) * SCHEDULERS // _warps(shape)
     is_wide = form == "fp16" or columns > INT8_QUERIES
     is_narrow = form == "fp16" and max(shape.key.bits, shape.value.bits) == 2
     is_large = tile == 128 or shape.key.head_dim > 128 or (is_wide and not is_narrow)

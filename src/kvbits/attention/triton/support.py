@@ -116,11 +116,11 @@ def _leaf_shape(codec: Codec, head_dim: int) -> SideShape | None:
         )
     if isinstance(codec, Codebook) or (isinstance(codec, Affine) and codec.is_plain):
         is_channel = codec.granularity == "per_channel"
-        is_grouped = not is_channel and codec.group_size
+        size = head_dim if is_channel else codec.group_size or head_dim
         return SideShape(
             int(codec.bits),
             codec.block_tokens if is_channel else 0,
-            head_dim // codec.group_size if is_grouped else 1,
+            head_dim // size,
             head_dim,
             has_levels=isinstance(codec, Codebook),
             has_grid=not isinstance(codec, Codebook) or has_grid(codec),

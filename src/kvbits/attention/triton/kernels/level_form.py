@@ -6,9 +6,7 @@ query and the probabilities enter as 15-bit fixed point in two columns, as in ``
 
 Keys stored before the rotary embedding have to be turned first: they become fp16, and are turned
 by their place within the tile, the query by that of the tile (see ``table_form.py``). Outliers are
-added to what the matrix unit has summed. Those of a key: a row of the query's table (see
-``spread_queries``) for every one of them. Those of a value: their channel is ``4 * c + d``, and
-the sums over tokens for all c and d are a matrix product of two that have a one in every row.
+added to what the matrix unit has summed (see ``outliers.py``).
 """
 
 from __future__ import annotations
@@ -33,27 +31,21 @@ from kvbits.attention.triton.kernels.layout import high16, low16, num_fields, pa
 from kvbits.attention.triton.kernels.lookup import (
     byte_levels_of,
     cos_sin,
-    even_of,
     field_width,
-    is_at,
     scaled,
     scaled_up_to,
     table_words,
     turned,
 )
+from kvbits.attention.triton.kernels.outliers import (
+    outlier_pairs,
+    outlier_score,
+    outlier_sums,
+    twice,
+)
+from kvbits.attention.triton.kernels.table_form import token_scales
 
 UNIT = tl.constexpr(4096.0)  # twice that many are what a level is short of as fp16: 2**24
-
-
-@triton.jit
-def token_scales(p_params, place, mask, HAS_OFFSET: tl.constexpr):
-    """Scale and offset of tokens, float32; a side without offsets has scales alone."""
-    if HAS_OFFSET:
-        b_pair = tl.load(p_params.to(tl.pointer_type(tl.int32)) + place, mask=mask, other=0)
-        return low16(b_pair).to(tl.float32), high16(b_pair).to(tl.float32)
-    else:
-        b_s = tl.load(p_params.to(tl.pointer_type(tl.float16)) + place, mask=mask, other=0.0)
-        return b_s.to(tl.float32), tl.zeros(b_s.shape, tl.float32)
 
 
 @triton.jit
@@ -72,7 +64,7 @@ def turned_back(b_x, b_y, b_cos, b_sin):
 
 
 @triton.jit
-def grid_of(LEVELS, BITS: tl.constexpr):
+def grid_of(LEVELS):
     """``low`` and ``step`` of a table, which lie behind its levels."""
     p_grid = (LEVELS + 16).to(tl.pointer_type(tl.float32))
     return tl.load(p_grid), tl.load(p_grid + 1)
@@ -89,83 +81,6 @@ def fixed_queries(b_w, FIELDS: tl.constexpr, KW: tl.constexpr, GP: tl.constexpr)
     for j in tl.static_range(FIELDS):
         b_ops = b_ops + (fixed_point(b_w[j], b_inverse[None, :], KW, GP),)
     return b_ops, b_top * (1 / FIXED)
-
-
-@triton.jit
-def outlier_pairs(p_channel, p_value, place, m_n):
-    """Channels and values of two outliers of every token."""
-    b_pair = tl.load(p_channel.to(tl.pointer_type(tl.int16)) + place, mask=m_n, other=0)
-    b_pair = b_pair.to(tl.int32)
-    b_value = tl.load(p_value.to(tl.pointer_type(tl.int32)) + place, mask=m_n, other=0)
-    return (
-        b_pair & 0xFF,
-        (b_pair >> 8) & 0xFF,
-        low16(b_value).to(tl.float32),
-        high16(b_value).to(tl.float32),
-    )
-
-
-@triton.jit
-def outlier_score(
-    p_q,
-    PHASES,
-    b_c,
-    b_d,
-    position,
-    m_n,
-    D: tl.constexpr,
-    GP: tl.constexpr,
-    IS_TURNED: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
-    """What one outlier of every key adds to the scores: ``[BN, GP]``."""
-    BN: tl.constexpr = b_c.shape[0]
-    b_c = tl.minimum(b_c, D - 1)  # of a token that does not count it may be anything
-    b_pair = tl.load(p_q + b_c[:, None] * (2 * GP) + tl.arange(0, 2 * GP)[None, :])
-    b_own, b_partner = tl.split(tl.reshape(b_pair.to(tl.float32), [BN, GP, 2]))
-    if IS_TURNED:
-        b_phase = tl.load(PHASES + b_c % (D // 2))
-        b_cos, b_sin = cos_sin(((position * b_phase) >> 32).to(tl.int32), COMPILED)
-        return b_own * (b_d * b_cos)[:, None] + b_partner * (b_d * b_sin)[:, None]
-    else:
-        return b_own * b_d[:, None]
-
-
-@triton.jit
-def spread_queries(
-    QR,
-    QT,
-    sq_b,
-    sq_h,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    GQ: tl.constexpr,
-    GP: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The queries of a head by channel; grid (B * H).
-
-    QT: fp16 ``[B * H, D, GP, 2]``: the query's channel, and that which the rotary embedding turns
-    it towards, with its sign.
-    """
-    i_bh = tl.program_id(0).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    o_d = tl.arange(0, padded(D, 16))
-    o_g = tl.arange(0, 2 * GP)
-    is_partner = (o_g % 2 == 1)[None, :]
-    is_low = (o_d < D // 2)[:, None]
-    o_c = tl.where(
-        is_partner, tl.where(is_low, o_d[:, None] + D // 2, o_d[:, None] - D // 2), o_d[:, None]
-    )
-    p_q = QR + (i_bh // H) * sq_b + ((i_bh % H) * GQ + o_g // 2)[None, :] * sq_h + o_c
-    m_q = (o_d < D)[:, None] & (o_g // 2 < GQ)[None, :]
-    b_q = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32)
-    b_q = tl.where(is_partner & ~is_low, -b_q, b_q)
-    p_t = QT + (i_bh * D + o_d)[:, None] * (2 * GP) + o_g[None, :]
-    tl.store(p_t, b_q.to(tl.float16), mask=(o_d < D)[:, None])
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit(
@@ -246,9 +161,9 @@ def attend_levels(
     length, packed = row_lengths(CLOCK, PADDING, FLOOR, i_b, S, R, QUANTUM, HELD)
     p_query = Q + i_b.to(tl.int64) * sq_b + i_h * GQ * sq_h
     p_part = (i_row * (num_splits + num_exact_splits) + i_s) * GQ
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     if i_s >= num_splits:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         attend_exact(
             p_query,
             SINK_K,
@@ -298,8 +213,8 @@ def attend_levels(
     o_g = tl.arange(0, GP)
     m_g = o_g < GQ
     p_q = QR + i_b.to(tl.int64) * sq_b + i_h * GQ * sq_h
-    k_low, k_step = grid_of(K_LEVELS, KB)
-    v_low, v_step = grid_of(V_LEVELS, VB)
+    k_low, k_step = grid_of(K_LEVELS)
+    v_low, v_step = grid_of(V_LEVELS)
     b_kt = table_words(K_LEVELS, KB, 1, COMPILED)
     b_vt = table_words(V_LEVELS, VB, 1, COMPILED)
     b_q = ()
@@ -311,15 +226,7 @@ def attend_levels(
         b_low = b_none + k_low.to(tl.float16)
         b_step = b_none + (k_step * UNIT).to(tl.float16)
         b_down = b_none + (1 / UNIT)
-        # Two columns a head: for the first tokens of a tile and, turned on, for the others.
-        o_c = tl.arange(0, 2 * GP)
-        for j in tl.static_range(KF):
-            p_q2 = p_q + (o_c // 2)[None, :] * sq_h + (j * KW + o_k)[:, None]
-            b_qj = tl.load(p_q2, mask=(o_c // 2 < GQ)[None, :], other=0.0)
-            b_q = b_q + (b_qj.to(tl.float32),)
         b_on = tl.load(COUNT + o_t).to(tl.int32)
-        b_q_low = ()
-        b_q_high = ()
         for j in tl.static_range(KF // 2):
             p_phase = PHASES + j * KW + o_k
             b_phase = b_phase + (tl.load(p_phase),)
@@ -327,11 +234,23 @@ def attend_levels(
             b_kc, b_ks = cos_sin(b_on[:, None] * b_turn[None, :], COMPILED)
             b_cos = b_cos + ((b_kc * UNIT).to(tl.float16),)
             b_sin = b_sin + ((b_ks * UNIT).to(tl.float16),)
-            b_oc, b_os = cos_sin((o_c % 2)[None, :] * (b_turn * BT)[:, None], COMPILED)
-            b_ql, b_qh = turned_back(b_q[j], b_q[j + KF // 2], b_oc, b_os)
-            b_q_low = b_q_low + (b_ql,)
-            b_q_high = b_q_high + (b_qh,)
-        b_q = b_q_low + b_q_high
+    if PDL:  # for what the launch before this one wrote; tables are older
+        tl.extra.cuda.gdc_wait()
+    if IS_TURNED:
+        # Two columns a head: for the first tokens of a tile and, turned on, for the others.
+        o_c = tl.arange(0, 2 * GP)
+        b_high = ()
+        for j in tl.static_range(KF // 2):
+            p_q2 = p_q + (o_c // 2)[None, :] * sq_h + (j * KW + o_k)[:, None]
+            b_q0 = tl.load(p_q2, mask=(o_c // 2 < GQ)[None, :], other=0.0).to(tl.float32)
+            p_q2 += DK // 2
+            b_q1 = tl.load(p_q2, mask=(o_c // 2 < GQ)[None, :], other=0.0).to(tl.float32)
+            b_turn = (b_phase[j] >> 32).to(tl.int32) * BT
+            b_oc, b_os = cos_sin((o_c % 2)[None, :] * b_turn[:, None], COMPILED)
+            b_q0, b_q1 = turned_back(b_q0, b_q1, b_oc, b_os)
+            b_q = b_q + (b_q0,)
+            b_high = b_high + (b_q1,)
+        b_q = b_q + b_high
     else:
         b_qsum = tl.zeros([GP], tl.float32)
         for j in tl.static_range(KF):
@@ -374,6 +293,7 @@ def attend_levels(
         p_vs = V_POOL + v_page * 16 + HS * PAGE * VR
         if G == 0:
             b_rs, b_rz = token_scales(p_ks + i_hs * (2 * K_PARAMS), at + o_n, m_n, K_OFFSET)
+            b_rs, b_rz = b_rs.to(tl.float32), b_rz.to(tl.float32)
         else:
             p_group = p_ks.to(tl.pointer_type(tl.int32)) + i_hs * (K_PARAMS // 2)
             p_group += at // G * DK
@@ -406,6 +326,7 @@ def attend_levels(
                         b_hs, b_hz = token_scales(
                             p_ks + i_hs * (2 * K_PARAMS), place, m_t, K_OFFSET
                         )
+                        b_hs, b_hz = b_hs.to(tl.float32), b_hz.to(tl.float32)
                         b_x = scaled(
                             b_k[j],
                             tl.minimum(b_hs * (k_step * UNIT), 65504.0).to(tl.float16)[:, None],
@@ -481,6 +402,7 @@ def attend_levels(
         b_z_new = ()
         for g in tl.static_range(VG):
             b_vs, b_vz = token_scales(p_vs, (i_hs * VG + g) * PAGE + at + o_n, m_n, V_OFFSET)
+            b_vs, b_vz = b_vs.to(tl.float32), b_vz.to(tl.float32)
             b_pz = by_eight(b_p * (b_vs * v_low + b_vz)[:, None], BN, GP)
             b_z_new = b_z_new + (b_z[g] * b_a + b_b * b_pz,)
             b_top = tl.maximum(tl.max(b_vs, 0), TINY)
@@ -524,38 +446,11 @@ def attend_levels(
     if V_SLOTS > 0:
         tl.debug_barrier()  # what was stored is read again
         inverse = tl.where(b_sum > 0, 1.0 / tl.where(b_sum > 0, b_sum, 1.0), 0.0)
-        b_extra *= twice(inverse[None, :], GP)
+        b_both, b_less = tl.split(tl.reshape(b_extra, [DV // 2, GP, 2]))
+        b_extra = tl.join((b_both + b_less) * 0.5, (b_both - b_less) * 0.5)
+        b_extra = tl.reshape(b_extra, [DV // 2, 2 * GP]) * twice(inverse[None, :], GP)
         o_x = tl.arange(0, 2 * GP)
         o_d = tl.arange(0, DV // 2)[:, None] * 2 + (o_x % 2)[None, :]
         p_o = PO + (p_part + o_x // 2)[None, :] * DV + o_d
         m_o = (o_x // 2 < GQ)[None, :]
         tl.store(p_o, tl.load(p_o, mask=m_o, other=0.0) + b_extra, mask=m_o)
-
-
-@triton.jit
-def twice(b_a, GP: tl.constexpr):
-    """Factors ``[1, GP]`` of heads for the columns of outlier sums."""
-    return tl.reshape(tl.join(b_a, b_a), [1, 2 * GP])
-
-
-@triton.jit
-def outlier_sums(
-    b_p,
-    b_pair,
-    b_value,
-    b_rows,
-    b_extra,
-    HALF: tl.constexpr,
-    BN: tl.constexpr,
-    GP: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
-    """Add one outlier of every value, times its probability, to the sums of its channel."""
-    b_even = even_of(b_pair, HALF, COMPILED)
-    b_is_row = is_at(b_rows[:, None], b_even[None, :], COMPILED)  # [DV / 2, BN]
-    b_d = (high16(b_value) if HALF else low16(b_value)).to(tl.float32)
-    is_odd = (b_pair & (256 if HALF else 1)) != 0
-    b_first = b_p * tl.where(is_odd, 0.0, b_d)[:, None]
-    b_other = b_p * tl.where(is_odd, b_d, 0.0)[:, None]
-    b_x = tl.reshape(tl.join(b_first, b_other), [BN, 2 * GP])
-    return tl.dot(b_is_row, b_x.to(tl.float16), b_extra)
