@@ -24,7 +24,7 @@ from kvbits.attention.triton.kernels.int8_query import key_width, prepare_querie
 from kvbits.attention.triton.kernels.layout import num_segments
 from kvbits.attention.triton.kernels.level_form import attend_levels
 from kvbits.attention.triton.kernels.merge import merge_splits, rotate_queries
-from kvbits.attention.triton.kernels.outliers import spread_queries
+from kvbits.attention.triton.kernels.outlier_attention import spread_queries
 from kvbits.attention.triton.kernels.table_form import attend_table
 from kvbits.attention.triton.launch import device_of, is_interpreted, launch_options
 from kvbits.attention.triton.schedule import Schedule, Shape

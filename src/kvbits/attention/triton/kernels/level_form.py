@@ -6,7 +6,7 @@ query and the probabilities enter as 15-bit fixed point in two columns, as in ``
 
 Keys stored before the rotary embedding have to be turned first: they become fp16, and are turned
 by their place within the tile, the query by that of the tile (see ``table_form.py``). Outliers are
-added to what the matrix unit has summed (see ``outliers.py``).
+added to what the matrix unit has summed (see ``outlier_attention.py``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from kvbits.attention.triton.kernels.lookup import (
     table_words,
     turned,
 )
-from kvbits.attention.triton.kernels.outliers import (
+from kvbits.attention.triton.kernels.outlier_attention import (
     outlier_pairs,
     outlier_score,
     outlier_sums,

@@ -1,122 +1,89 @@
-"""Outliers of keys and values, beside what the matrix unit sums: steps of ``level_form.py``.
-
-Those of a key: a row of the query's table (see ``spread_queries``) for every one of them. Those of
-a value: a matrix product of a matrix with a one in every column, at half the outlier's channel,
-and its share of the output, with a second column for the sign of its parity.
-"""
+"""Channels of a token that are corrected after decoding: which, and by how much."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from kvbits.attention.triton.kernels.layout import high16, low16, padded
-from kvbits.attention.triton.kernels.lookup import cos_sin, even_of, is_at
+FP16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
-def outlier_pairs(p_channel, p_value, place, m_n):
-    """Channels and values of two outliers of every token."""
-    b_pair = tl.load(p_channel.to(tl.pointer_type(tl.int16)) + place, mask=m_n, other=0)
-    b_pair = b_pair.to(tl.int32)
-    b_value = tl.load(p_value.to(tl.pointer_type(tl.int32)) + place, mask=m_n, other=0)
-    return (
-        b_pair & 0xFF,
-        (b_pair >> 8) & 0xFF,
-        low16(b_value).to(tl.float32),
-        high16(b_value).to(tl.float32),
-    )
+def lower_median(b_x, m_d, D: tl.constexpr):
+    """Median of D channels of rows ``[T, N]`` of float32, the lower of two: ``[T]``.
 
-
-@triton.jit
-def outlier_score(
-    p_q,
-    PHASES,
-    b_c,
-    b_d,
-    position,
-    m_n,
-    D: tl.constexpr,
-    GP: tl.constexpr,
-    IS_TURNED: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
-    """What one outlier of every key adds to the scores: ``[BN, GP]``."""
-    BN: tl.constexpr = b_c.shape[0]
-    b_c = tl.minimum(b_c, D - 1)  # of a token that does not count it may be anything
-    b_pair = tl.load(p_q + b_c[:, None] * (2 * GP) + tl.arange(0, 2 * GP)[None, :])
-    b_own, b_partner = tl.split(tl.reshape(b_pair.to(tl.float32), [BN, GP, 2]))
-    if IS_TURNED:
-        b_phase = tl.load(PHASES + b_c % (D // 2))
-        b_cos, b_sin = cos_sin(((position * b_phase) >> 32).to(tl.int32), COMPILED)
-        return b_own * (b_d * b_cos)[:, None] + b_partner * (b_d * b_sin)[:, None]
-    else:
-        return b_own * b_d[:, None]
-
-
-@triton.jit
-def spread_queries(
-    QR,
-    QT,
-    sq_b,
-    sq_h,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    GQ: tl.constexpr,
-    GP: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The queries of a head by channel; grid (B * H).
-
-    QT: fp16 ``[B * H, D, GP, 2]``: the query's channel, and that which the rotary embedding turns
-    it towards, with its sign.
+    Floats whose negative bits are flipped are in the order of integers, and the median's bits are
+    found from the top: one is set if too few values lie below the number it makes.
     """
-    i_bh = tl.program_id(0).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    o_d = tl.arange(0, padded(D, 16))
-    o_g = tl.arange(0, 2 * GP)
-    is_partner = (o_g % 2 == 1)[None, :]
-    is_low = (o_d < D // 2)[:, None]
-    o_c = tl.where(
-        is_partner, tl.where(is_low, o_d[:, None] + D // 2, o_d[:, None] - D // 2), o_d[:, None]
-    )
-    p_q = QR + (i_bh // H) * sq_b + ((i_bh % H) * GQ + o_g // 2)[None, :] * sq_h + o_c
-    m_q = (o_d < D)[:, None] & (o_g // 2 < GQ)[None, :]
-    b_q = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32)
-    b_q = tl.where(is_partner & ~is_low, -b_q, b_q)
-    p_t = QT + (i_bh * D + o_d)[:, None] * (2 * GP) + o_g[None, :]
-    tl.store(p_t, b_q.to(tl.float16), mask=(o_d < D)[:, None])
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    RANK: tl.constexpr = (D - 1) // 2
+    b_i = b_x.to(tl.int32, bitcast=True)
+    b_i = tl.where(m_d[None, :], b_i ^ ((b_i >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    num_below = tl.sum((b_i < 0).to(tl.int32), 1)
+    b_m = tl.where(num_below > RANK, -0x80000000, 0).to(tl.int32)
+    for i in range(31):
+        b_try = b_m | (1 << (30 - i))
+        num_below = tl.sum((b_i < b_try[:, None]).to(tl.int32), 1)
+        b_m = tl.where(num_below > RANK, b_m, b_try)
+    return (b_m ^ ((b_m >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def twice(b_a, GP: tl.constexpr):
-    """Factors ``[1, GP]`` of heads for the columns of outlier sums."""
-    return tl.reshape(tl.join(b_a, b_a), [1, 2 * GP])
+def distance_from_middle(b_x):
+    """Distances of a block's values ``[T, N]`` from the middle of their channel, in half ranges,
+    and the middles ``[N]``."""
+    b_low = tl.min(b_x, 0)
+    b_high = tl.max(b_x, 0)
+    b_middle = (b_low + b_high) * 0.5
+    b_half = (b_high - b_low) * 0.5
+    b_half = tl.broadcast_to(tl.where(b_half == 0, 1.0, b_half)[None, :], b_x.shape)
+    return tl.div_rn(b_x - b_middle[None, :], b_half), b_middle
 
 
 @triton.jit
-def outlier_sums(
-    b_p,
-    b_pair,
-    b_value,
-    b_rows,
-    b_extra,
-    HALF: tl.constexpr,
-    BN: tl.constexpr,
-    GP: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
-    """Add one outlier of every value, times its probability, to the sums of two channels.
+def extreme_channels(b_score, o_d, HALF: tl.constexpr):
+    """The HALF channels of least score of every row, then those of highest: a tuple of ``[T]``.
 
-    In the columns of a head: their sum, and the sum of the even one less that of the odd one.
+    Of equals, low ones come first and high ones last, as a stable sort has them. ``o_d``:
+    channels, -1 where there is none.
     """
-    b_even = even_of(b_pair, HALF, COMPILED)
-    b_is_row = is_at(b_rows[:, None], b_even[None, :], COMPILED)  # [DV / 2, BN]
-    b_d = (high16(b_value) if HALF else low16(b_value)).to(tl.float32)
-    b_sign = (b_pair.to(tl.int32) >> (8 * HALF)) << 31
-    b_signed = (b_d.to(tl.int32, bitcast=True) ^ b_sign).to(tl.float32, bitcast=True)
-    b_x = tl.reshape(tl.join(b_p * b_d[:, None], b_p * b_signed[:, None]), [BN, 2 * GP])
-    return tl.dot(b_is_row, b_x.to(tl.float16), b_extra)
+    m_d = (o_d >= 0)[None, :]
+    b_c = ()
+    b_s = tl.where(m_d, b_score, float("inf"))
+    for _ in tl.static_range(HALF):
+        m_least = b_s == tl.min(b_s, 1)[:, None]
+        channel = tl.min(tl.where(m_least & m_d, o_d[None, :], 0xFF), 1)
+        b_s = tl.where(o_d[None, :] == channel[:, None], float("inf"), b_s)
+        b_c = b_c + (channel,)
+    b_s = tl.where(m_d, b_score, float("-inf"))
+    for _ in tl.static_range(HALF):
+        m_highest = b_s == tl.max(b_s, 1)[:, None]
+        channel = tl.max(tl.where(m_highest, o_d[None, :], -1), 1)
+        b_s = tl.where(o_d[None, :] == channel[:, None], float("-inf"), b_s)
+        b_c = b_c + (channel,)
+    return b_c
+
+
+@triton.jit
+def are_any(o_d, b_c, SLOTS: tl.constexpr):
+    """Which channels ``o_d [N]`` are among ``b_c``, by row: ``[T, N]``."""
+    m_c = o_d[None, :] == b_c[0][:, None]
+    for i in tl.static_range(1, SLOTS):
+        m_c = m_c | (o_d[None, :] == b_c[i][:, None])
+    return m_c
+
+
+@triton.jit
+def store_outliers(b_missing, o_d, b_c, p_channel, p_value, m_t, SLOTS: tl.constexpr):
+    """Write channels ``b_c`` in order, and what decoding misses there, ``[T, N]``, as fp16.
+
+    ``p_channel [T]``, ``p_value [T]``: the first slot of every token.
+    """
+    for i in tl.static_range(SLOTS):
+        rank = tl.zeros(b_c[i].shape, tl.int32)
+        for j in tl.static_range(SLOTS):
+            rank += (b_c[j] < b_c[i]).to(tl.int32)
+        m_c = o_d[None, :] == b_c[i][:, None]
+        b_v = tl.max(tl.where(m_c, b_missing, float("-inf")), 1)
+        b_v = tl.minimum(tl.maximum(b_v, -FP16_MAX), FP16_MAX).to(tl.float16)
+        tl.store(p_channel + rank, b_c[i].to(tl.int8), mask=m_t)
+        tl.store(p_value + rank, b_v, mask=m_t)
