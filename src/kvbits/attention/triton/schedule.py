@@ -270,8 +270,7 @@ def _splits(
         programs = SCHEDULERS * (2 if is_heavy else 1)
         splits = programs * device.multiprocessors // rows
         return splits - 1 if splits >= SHORT_SPLIT_TILES else splits
-    even = _even_splits(resident, rows, device.multiprocessors)
-    return filling if form == "levels" else even or filling
+    return _even_splits(resident, rows, device.multiprocessors) or filling
 
 
 def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int:
@@ -279,8 +278,7 @@ def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int
     if shape.num_queries > 1:
         return 3 if columns <= 16 else 2
     if form in ("levels", "table"):
-        is_light = form == "levels" and not (shape.key.rotary_pairs or shape.value.slots)
-        return (3 if is_light else 2) * SCHEDULERS // _warps(shape)
+        return 2 * SCHEDULERS // _warps(shape)
     is_wide = form == "fp16" or columns > INT8_QUERIES
     is_narrow = form == "fp16" and max(shape.key.bits, shape.value.bits) == 2
     is_large = tile == 128 or shape.key.head_dim > 128 or (is_wide and not is_narrow)
