@@ -62,6 +62,8 @@ class Scoring:
                 "run here"
             )
         self.execute = None if execute_in is None else DockerExecutor(execute_in)
+        if self.execute is not None:
+            self.execute.check()
         self.benchmark, self.settings, self.output = benchmark, settings, output
         self.source, self.execute_in = open_source(data), execute_in
 
