@@ -16,6 +16,7 @@ from kvbits.evaluation.benchmarks.running import (
     RunSettings,
     finish,
     make_items,
+    make_prompter,
     run_benchmark,
     settings_of,
 )
@@ -84,6 +85,7 @@ class Scoring:
         """
         plan = choose(load_config(model))
         loaded = load_model(model, device, dtype)
+        make_prompter(loaded.model, loaded.tokenizer, self.settings)  # refuses before data is read
         items = make_items(self.benchmark, self.source, loaded.tokenizer, self.settings)
         place = {"device": loaded.model.device.type}
         place["dtype"] = str(loaded.model.dtype).removeprefix("torch.")

@@ -90,7 +90,9 @@ def run_samples(folder: Path) -> list[Sample]:
         RecordError: If there is no run, or it has no finished task.
     """
     if not (folder / RUN).is_file():
-        raise RecordError(f"the folder must be an --output of kvbits eval or score, got {str(folder)!r}")
+        raise RecordError(
+            f"the folder must be an --output of kvbits eval or score, got {str(folder)!r}"
+        )
     done = sorted(folder.glob(f"*{RESULTS}"))
     if not done:
         raise RecordError(f"the run must have a finished task, got none in {str(folder)!r}")
