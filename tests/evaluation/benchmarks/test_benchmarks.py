@@ -13,7 +13,7 @@ from kvbits.evaluation.benchmarks import BENCHMARKS, build_benchmark
 from kvbits.evaluation.benchmarks.base import Generate, Item, Rank, Setup
 from kvbits.evaluation.benchmarks.gaokao import letters, part_score
 from kvbits.evaluation.benchmarks.gsm8k import final_number, own_problems
-from kvbits.evaluation.benchmarks.listing import facts
+from kvbits.evaluation.benchmarks.listing import facts, markdown_table
 from kvbits.evaluation.benchmarks.longbench import BY_LENGTH, NEVER_CHAT, datasets
 from kvbits.evaluation.benchmarks.source import FolderSource
 from kvbits.evaluation.samples import Sample
@@ -79,6 +79,11 @@ def test_a_missing_file_is_named_with_its_place_and_form(name, tmp_path, tokeniz
         list(benchmark.items(setup))
     assert file.name in str(info.value)
     assert file.schema in str(info.value)
+
+
+def test_the_documents_hold_the_table():
+    text = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert markdown_table() in text
 
 
 def test_unknown_names_and_settings_are_refused():
