@@ -13,6 +13,7 @@ from kvbits.evaluation.benchmarks import BENCHMARKS, build_benchmark
 from kvbits.evaluation.benchmarks.base import Generate, Item, Rank, Setup
 from kvbits.evaluation.benchmarks.gaokao import letters, part_score
 from kvbits.evaluation.benchmarks.gsm8k import final_number, own_problems
+from kvbits.evaluation.benchmarks.lambada import LambadaRow
 from kvbits.evaluation.benchmarks.listing import facts, markdown_table
 from kvbits.evaluation.benchmarks.longbench import BY_LENGTH, NEVER_CHAT, datasets
 from kvbits.evaluation.benchmarks.source import FolderSource
@@ -93,6 +94,11 @@ def test_unknown_names_and_settings_are_refused():
         build_benchmark("gsm8k", max_new_tokens=0)
     with pytest.raises(ValueError, match=r"datasets must be all or among .*, got 'qsper'"):
         build_benchmark("longbench", datasets="qsper")
+
+
+def test_lambada_takes_whole_passages_too():
+    row = LambadaRow.model_validate({"text": "Sets in the west"})
+    assert (row.context, row.target) == ("Sets in the", "west")
 
 
 # --- GSM8K

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -121,6 +122,32 @@ def test_likelihoods_are_those_of_one_pass_over_the_text(tiny):
             logits.gather(1, targets[:, None]).sum().item(), abs=1e-3
         )
         assert one.is_greedy == bool((logits.argmax(-1) == targets).all())
+
+
+def test_single_tokens_after_one_text_are_scored_in_one_pass(tiny, monkeypatch):
+    """Four letters of a choice cost one prompt; each has the likelihood it has alone."""
+    model, tokenizer = tiny
+    prompts = [encode_document(tokenizer, text) for text in TEXTS[:3]]
+    documents = [
+        [Segment(ids, False), Segment([token], True)] for ids in prompts for token in (5, 77, 130)
+    ]
+    documents.insert(4, [Segment(prompts[0], False), Segment([5, 6], True)])
+    alone = [likelihoods(model, tokenizer, [document])[0][0] for document in documents]
+    rows = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        functools.wraps(forward)(
+            lambda *a, **k: rows.append(len(k["input_ids"])) or forward(*a, **k)
+        ),
+    )
+    together, _ = likelihoods(model, tokenizer, documents)
+    assert sum(rows) == 4  # three prompts, and the one of two tokens
+    for one, other in zip(together, alone, strict=True):
+        assert one.num_tokens == other.num_tokens
+        assert one.is_greedy == other.is_greedy
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)  # other batch shapes
 
 
 def test_a_killed_run_goes_on_and_comes_to_the_same(tiny, tmp_path, monkeypatch):

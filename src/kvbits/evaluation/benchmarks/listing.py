@@ -45,8 +45,7 @@ def markdown_table() -> str:
         names = [f"`{file['name']}`" for file in row["files"]]
         files = ", ".join(names[:1]) + (f" and {len(names) - 1} more" if names[1:] else "")
         settings = ", ".join(f"`{each}`" for each in written(row["settings"]))
-        origin = f"{row['description']} ({row['origin']})"
-        lines.append(
-            f"| `{row['name']}` | {origin} | {row['shots']} | {files or 'generated'} | {settings} |"
-        )
+        asks = f"{row['description']} ({row['origin']})"
+        cells = f"`{row['name']}`", asks, str(row["shots"]), files or "generated", settings
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
