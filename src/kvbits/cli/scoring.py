@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbits.cli.models import load_config, load_model
+from kvbits.cli.models import Loaded, load_config, load_model
 from kvbits.cli.output import progress_bars
 from kvbits.evaluation.benchmarks import Benchmark
 from kvbits.evaluation.benchmarks.execution import DockerExecutor
@@ -23,7 +23,6 @@ from kvbits.evaluation.benchmarks.running import (
 from kvbits.evaluation.benchmarks.source import open_source
 from kvbits.evaluation.harness_run import RESULTS, identity, open_run, read_object
 from kvbits.evaluation.records import library_versions
-from kvbits.plan.files import write_text
 
 if TYPE_CHECKING:
     from kvbits.plan import CachePlan
@@ -87,12 +86,7 @@ class Scoring:
         loaded = load_model(model, device, dtype)
         make_prompter(loaded.model, loaded.tokenizer, self.settings)  # refuses before data is read
         items = make_items(self.benchmark, self.source, loaded.tokenizer, self.settings)
-        place = {"device": loaded.model.device.type}
-        place["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
-        asked = settings_of(self.benchmark, self.settings, self.source)
-        asked |= {"model": Path(loaded.name).name, "execute_in": self.execute_in}
-        manifest = identity(plan, asked, library_versions() | place)
-        done = None
+        manifest = self._manifest(loaded, plan)
         if self.output is not None:
             open_run(self.output, manifest)
             done = self.output / f"{self.benchmark.name}{RESULTS}"
@@ -112,7 +106,16 @@ class Scoring:
                 progress=lambda count: bars.advance(bar, count),
             )
         found = json.loads(json.dumps(results(self.benchmark, outcome, manifest)))
-        if self.output is not None and done is not None:
-            finish(self.output, self.benchmark, outcome)
-            write_text(done, json.dumps(found, indent=2) + "\n")
+        if self.output is not None:
+            finish(self.output, self.benchmark, outcome, found)
         return dict(found)
+
+    def _manifest(self, loaded: Loaded, plan: CachePlan | None) -> dict[str, Any]:
+        """What makes the run the one it is; data has been read by now."""
+        place = {
+            "device": loaded.model.device.type,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        }
+        asked = settings_of(self.benchmark, self.settings, self.source)
+        asked |= {"model": Path(loaded.name).name, "execute_in": self.execute_in}
+        return identity(plan, asked, library_versions() | place)

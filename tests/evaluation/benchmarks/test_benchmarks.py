@@ -232,6 +232,18 @@ def test_longbench_scores_the_first_line_of_few_shot_answers(make_items):
     assert found == pytest.approx(2 * (1 / 5) / (1 / 5 + 1))  # precision 1/5, recall 1
 
 
+@pytest.mark.parametrize("name", datasets())
+def test_longbench_scores_every_dataset_by_its_metric(name, make_items):
+    if datasets()[name].metric.startswith("chinese"):
+        pytest.importorskip("jieba")
+    (item,) = make_items("longbench", datasets=name)
+    benchmark = build_benchmark("longbench")
+    right = benchmark.score(item, item.references[0]).metrics["score"]
+    assert right == pytest.approx(1.0, abs=1e-7)  # ROUGE's own epsilon
+    assert benchmark.score(item, "xyz 99").metrics["score"] == 0.0
+    assert benchmark.score(item, "").metrics["score"] == 0.0
+
+
 def test_longbench_takes_the_best_reference_and_braces_in_contexts(tmp_path, make_items):
     row = {"input": "{x}", "context": "a {context} b", "answers": ["no", "Ann"], "length": 9000}
     write_files(tmp_path, {"longbench/lcc_e.jsonl": [row | {"answers": ["x = 1"]}]})

@@ -179,7 +179,8 @@ def test_a_killed_run_goes_on_and_comes_to_the_same(tiny, tmp_path, monkeypatch)
         outcome = run_benchmark(*arguments, folder=tmp_path)
     assert len(asked) == len(items) - sum(done) + 1
     assert outcome.samples == whole.samples
-    finish(tmp_path, Mixed(), outcome)
+    finish(tmp_path, Mixed(), outcome, {"results": {}})
+    assert (tmp_path / "mixed.results.json").read_text() == '{\n  "results": {}\n}\n'
     assert read_samples(tmp_path / "mixed.samples.jsonl") == whole.samples
     assert not partial.exists()
 

@@ -21,13 +21,15 @@ from kvbits.evaluation.benchmarks.base import (
 from kvbits.evaluation.benchmarks.prompts import Prompter, kind_of, size_of
 from kvbits.evaluation.benchmarks.source import Source
 from kvbits.evaluation.generating import own_defaults
+from kvbits.evaluation.harness_run import RESULTS, SAMPLES
 from kvbits.evaluation.jsonl import append_json_line
 from kvbits.evaluation.samples import Sample, read_samples, write_samples
+from kvbits.plan.files import write_text
 
 if TYPE_CHECKING:
     from kvbits.plan import CachePlan
 
-PARTIAL = ".partial.jsonl"
+PARTIAL, ANSWERS = ".partial.jsonl", ".answers.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +162,24 @@ def run_benchmark(
     return Outcome(ordered, submissions, engine.cache_bytes, time.perf_counter() - started)
 
 
-def finish(folder: Path, benchmark: Benchmark, outcome: Outcome) -> None:
-    """Keep the samples of a finished run in their place."""
-    write_samples(folder / f"{benchmark.name}.samples.jsonl", outcome.samples)
+def finish(
+    folder: Path, benchmark: Benchmark, outcome: Outcome, results: Mapping[str, Any]
+) -> None:
+    """Keep what a run found; the results, which say that it is whole, are written last.
+
+    Args:
+        folder: Folder of the run.
+        benchmark: The benchmark.
+        outcome: What was found.
+        results: What ``results.results`` made of it.
+    """
+    name = benchmark.name
+    write_samples(folder / f"{name}{SAMPLES}", outcome.samples)
     if outcome.submissions:
-        path = folder / f"{benchmark.name}.answers.jsonl"
-        path.write_text("".join(f"{json.dumps(each)}\n" for each in outcome.submissions))
-    (folder / f"{benchmark.name}{PARTIAL}").unlink(missing_ok=True)
+        lines = "".join(f"{json.dumps(each)}\n" for each in outcome.submissions)
+        write_text(folder / f"{name}{ANSWERS}", lines)
+    write_text(folder / f"{name}{RESULTS}", json.dumps(results, indent=2) + "\n")
+    (folder / f"{name}{PARTIAL}").unlink(missing_ok=True)
 
 
 def make_prompter(model: Any, tokenizer: Any, settings: RunSettings) -> Prompter:
