@@ -273,7 +273,9 @@ def test_longbench_averages_datasets_not_items():
 
 def test_humaneval_program_runs_the_test_on_the_completion(make_items):
     benchmark, item = build_benchmark("humaneval"), make_items("humaneval")[0]
-    for text in ("    return 2 * x\n", "```python\ndef double(x):\n    return x + x\n```\nDone."):
+    block = "```python\ndef double(x):\n    return x + x\n```"
+    draft, use = block.replace("x + x", "x"), "```python\nprint(double(2))\n```"
+    for text in ("    return 2 * x\n", f"{block}\nDone.", f"{draft}\nNo:\n{block}\n{use}"):
         program = benchmark.program(item, text)
         exec(compile(program, "own", "exec"), {})  # texts of this test, not of a model
     wrong = benchmark.program(item, "    return 3 * x\n")
@@ -298,7 +300,7 @@ def test_livecodebench_chooses_by_date_and_writes_code(make_items):
     assert "class Solution" in items[0].request.prompt.question
     benchmark = build_benchmark("livecodebench")
     assert not benchmark.has_programs
-    found = benchmark.submission(items[0], "So:\n```python\nprint(1)\n```")
+    found = benchmark.submission(items[0], "```\ndraft\n```\nSo:\n```python\nprint(1)\n```")
     assert found == {"question_id": "2", "code_list": ["print(1)\n"]}
 
 
