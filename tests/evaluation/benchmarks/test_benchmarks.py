@@ -92,7 +92,7 @@ def test_unknown_names_and_settings_are_refused():
         build_benchmark("gsm9k")
     with pytest.raises(ValueError, match="max_new_tokens"):
         build_benchmark("gsm8k", max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"datasets must be all or among .*, got 'qsper'"):
+    with pytest.raises(ValueError, match=r"datasets: must be all or among .*, got 'qsper'"):
         build_benchmark("longbench", datasets="qsper")
 
 
