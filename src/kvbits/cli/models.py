@@ -29,17 +29,6 @@ def load_config(name: str) -> Any:
     return _fetch(AutoConfig.from_pretrained, name)
 
 
-def load_tokenizer(name: str) -> Any:
-    """Read a model's tokenizer.
-
-    Raises:
-        ValueError: there is no such model, or it cannot be fetched.
-    """
-    from transformers import AutoTokenizer
-
-    return _fetch(AutoTokenizer.from_pretrained, name)
-
-
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     """Load a causal language model and its tokenizer.
 
@@ -53,7 +42,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         ValueError: there is no such model, or the device does not exist.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as model_logging
 
     model_logging.set_verbosity_error()
@@ -62,7 +51,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    tokenizer = load_tokenizer(name)
+    tokenizer = _fetch(AutoTokenizer.from_pretrained, name)
     model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=kind)
     return Loaded(model.to(place).eval(), tokenizer, name)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbits.cli.models import Loaded, load_config, load_model, load_tokenizer
+from kvbits.cli.models import Loaded, load_config, load_model
 from kvbits.cli.output import progress_bars
 from kvbits.evaluation.benchmarks import Benchmark
 from kvbits.evaluation.benchmarks.execution import DockerExecutor
@@ -66,6 +66,8 @@ class Scoring:
             self.execute.check()
         self.benchmark, self.settings, self.output = benchmark, settings, output
         self.source, self.execute_in = open_source(data), execute_in
+        examples = benchmark.example_files if settings.shots else ()
+        self.source.check([*benchmark.files, *examples])  # before weights are loaded
 
     def run(
         self,
@@ -82,11 +84,10 @@ class Scoring:
             device: As for ``load_model``.
             dtype: As for ``load_model``.
         """
-        config, tokenizer = load_config(model), load_tokenizer(model)
-        plan = choose(config)
-        make_prompter(config, tokenizer, self.settings)  # what is refused is, before weights load
-        items = make_items(self.benchmark, self.source, tokenizer, self.settings)
+        plan = choose(load_config(model))
         loaded = load_model(model, device, dtype)
+        make_prompter(loaded.model, loaded.tokenizer, self.settings)  # refuses before data is read
+        items = make_items(self.benchmark, self.source, loaded.tokenizer, self.settings)
         manifest = self._manifest(loaded, plan)
         if self.output is not None:
             open_run(self.output, manifest)

@@ -66,7 +66,7 @@ def test_right_answers_score_one_and_wrong_ones_nothing(name, make_items):
 def test_listing_says_where_to_get_every_file(name):
     found = facts(BENCHMARKS[name])
     assert found["description"]
-    for file in found["files"]:
+    for file in found["files"] + found["example_files"]:
         assert file["schema"]
         assert file["place"]
 

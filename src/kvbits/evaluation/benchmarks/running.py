@@ -138,7 +138,7 @@ def run_benchmark(
         ValueError: If a prompt is too long.
     """
     started = time.perf_counter()
-    prompter = make_prompter(model.config, tokenizer, settings)
+    prompter = make_prompter(model, tokenizer, settings)
     partial = None if folder is None else folder / f"{benchmark.name}{PARTIAL}"
     samples = _read_partial(partial)
     engine = Engine(model, tokenizer, plan, prompter, settings.quantize_prefill)
@@ -182,18 +182,9 @@ def finish(
     (folder / f"{name}{PARTIAL}").unlink(missing_ok=True)
 
 
-def make_prompter(config: Any, tokenizer: Any, settings: RunSettings) -> Prompter:
-    """What turns prompts of a run into tokens of its model.
-
-    Args:
-        config: The transformers config of the model.
-        tokenizer: Its tokenizer.
-        settings: How to run.
-
-    Raises:
-        ValueError: If a chat template is asked for that is not there.
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+def make_prompter(model: Any, tokenizer: Any, settings: RunSettings) -> Prompter:
+    """What turns prompts of a run into tokens of its model."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Prompter(
         tokenizer=tokenizer,
         chat_template=settings.chat_template,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -87,6 +88,13 @@ class Source(ABC):
     def __init__(self) -> None:
         self.checksums: dict[str, str] = {}
 
+    def check(self, files: Iterable[DataFile[Any]]) -> None:
+        """Say at once that a file is missing, where that can be seen without reading it.
+
+        Raises:
+            ValueError: As by ``read``.
+        """
+
     @abstractmethod
     def read(self, file: DataFile[R]) -> list[R]:
         """Read the rows of a file.
@@ -110,13 +118,17 @@ class FolderSource(Source):
             raise ValueError(f"--data must be a folder, got {str(folder)!r}")
         self.folder = folder
 
+    def check(self, files: Iterable[DataFile[Any]]) -> None:
+        for file in files:
+            if not (self.folder / file.name).is_file():
+                raise ValueError(
+                    f"--data must hold {file.name}, got {str(self.folder)!r} without it; take "
+                    f"{file.place}, as {file.form}"
+                )
+
     def read(self, file: DataFile[R]) -> list[R]:
+        self.check([file])
         path = self.folder / file.name
-        if not path.is_file():
-            raise ValueError(
-                f"--data must hold {file.name}, got {str(self.folder)!r} without it; take "
-                f"{file.place}, as {file.form}"
-            )
         text = path.read_bytes()
         self.checksums[file.name] = hashlib.sha256(text).hexdigest()
         rows = [
