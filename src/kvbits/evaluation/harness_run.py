@@ -1,4 +1,4 @@
-"""The folder of a run of lm-evaluation-harness: resumable task by task, and never of two runs.
+"""The folder of a run of benchmarks: resumable, and never of two runs.
 
 ``run.json`` says what was run; ``TASK.samples.jsonl`` holds every example of a task, and
 ``TASK.results.json`` the harness's own results, written last.
@@ -48,7 +48,7 @@ def open_run(folder: Path, wanted: dict[str, Any]) -> None:
     if not path.exists():
         write_text(path, text)
         return
-    found = _read(path)
+    found = read_object(path)
     for name, value in json.loads(text).items():
         if found.get(name) != value:
             raise RecordError(
@@ -72,7 +72,7 @@ def run_task(
     """
     done = None if folder is None else folder / f"{_file_name(name)}{RESULTS}"
     if done is not None and done.exists():
-        return _read(done)
+        return read_object(done)
     found = evaluate(name)
     samples = found.pop("samples", {})
     text = json.dumps(found, indent=2, default=str) + "\n"
@@ -90,7 +90,9 @@ def run_samples(folder: Path) -> list[Sample]:
         RecordError: If there is no run, or it has no finished task.
     """
     if not (folder / RUN).is_file():
-        raise RecordError(f"the folder must be an --output of kvbits eval, got {str(folder)!r}")
+        raise RecordError(
+            f"the folder must be an --output of kvbits eval or score, got {str(folder)!r}"
+        )
     done = sorted(folder.glob(f"*{RESULTS}"))
     if not done:
         raise RecordError(f"the run must have a finished task, got none in {str(folder)!r}")
@@ -100,7 +102,7 @@ def run_samples(folder: Path) -> list[Sample]:
 
 def describe_run(folder: Path) -> str:
     """The plan of a run in one line."""
-    return str(_read(folder / RUN).get("plan"))
+    return str(read_object(folder / RUN).get("plan"))
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -117,7 +119,12 @@ def _file_name(task: str) -> str:
     return task
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        RecordError: If it does not.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,0 +1,123 @@
+"""What ``kvbits score`` does: read data, load the model, run, keep and return the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvbits.cli.models import Loaded, load_config, load_model
+from kvbits.cli.output import progress_bars
+from kvbits.evaluation.benchmarks import Benchmark
+from kvbits.evaluation.benchmarks.execution import DockerExecutor
+from kvbits.evaluation.benchmarks.results import results
+from kvbits.evaluation.benchmarks.running import (
+    RunSettings,
+    finish,
+    make_items,
+    make_prompter,
+    run_benchmark,
+    settings_of,
+)
+from kvbits.evaluation.benchmarks.source import open_source
+from kvbits.evaluation.harness_run import RESULTS, identity, open_run, read_object
+from kvbits.evaluation.records import library_versions
+
+if TYPE_CHECKING:
+    from kvbits.plan import CachePlan
+
+
+class Scoring:
+    """One run of a benchmark.
+
+    Args:
+        benchmark: The benchmark.
+        settings: How it is run.
+        data: Folder with data files; None is the hub.
+        output: Folder for what is found; None keeps nothing.
+        execute_in: ``docker:IMAGE`` to run programs in, if they are to be run.
+
+    Raises:
+        ValueError: If a benchmark that only writes has nowhere to write, or programs cannot be
+            run.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        settings: RunSettings,
+        data: Path | None,
+        output: Path | None,
+        execute_in: str | None,
+    ) -> None:
+        if execute_in is not None and not benchmark.has_programs:
+            raise ValueError(
+                f"--execute-in must be given for a benchmark whose answers are programs that "
+                f"kvbits can test, got {benchmark.name}"
+            )
+        if benchmark.only_writes and output is None and execute_in is None:
+            raise ValueError(
+                f"--output must be given for {benchmark.name}, whose answers are written and not "
+                "run here"
+            )
+        self.execute = None if execute_in is None else DockerExecutor(execute_in)
+        if self.execute is not None:
+            self.execute.check()
+        self.benchmark, self.settings, self.output = benchmark, settings, output
+        self.source, self.execute_in = open_source(data), execute_in
+        examples = benchmark.example_files if settings.shots else ()
+        self.source.check([*benchmark.files, *examples])  # before weights are loaded
+
+    def run(
+        self,
+        model: str,
+        choose: Callable[[Any], CachePlan | None],
+        device: str,
+        dtype: str,
+    ) -> dict[str, Any]:
+        """Run it, or read what the same run found before.
+
+        Args:
+            model: Folder or hub id.
+            choose: Makes the plan from the model's config.
+            device: As for ``load_model``.
+            dtype: As for ``load_model``.
+        """
+        plan = choose(load_config(model))
+        loaded = load_model(model, device, dtype)
+        make_prompter(loaded.model, loaded.tokenizer, self.settings)  # refuses before data is read
+        items = make_items(self.benchmark, self.source, loaded.tokenizer, self.settings)
+        manifest = self._manifest(loaded, plan)
+        if self.output is not None:
+            open_run(self.output, manifest)
+            done = self.output / f"{self.benchmark.name}{RESULTS}"
+            if done.exists():
+                return read_object(done)
+        with progress_bars() as bars:
+            bar = bars.add_task(self.benchmark.name, total=len(items))
+            outcome = run_benchmark(
+                self.benchmark,
+                items,
+                loaded.model,
+                loaded.tokenizer,
+                plan,
+                self.settings,
+                folder=self.output,
+                execute=self.execute,
+                progress=lambda count: bars.advance(bar, count),
+            )
+        found = json.loads(json.dumps(results(self.benchmark, outcome, manifest)))
+        if self.output is not None:
+            finish(self.output, self.benchmark, outcome, found)
+        return dict(found)
+
+    def _manifest(self, loaded: Loaded, plan: CachePlan | None) -> dict[str, Any]:
+        """What makes the run the one it is; data has been read by now."""
+        place = {
+            "device": loaded.model.device.type,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        }
+        asked = settings_of(self.benchmark, self.settings, self.source)
+        asked |= {"model": Path(loaded.name).name, "execute_in": self.execute_in}
+        return identity(plan, asked, library_versions() | place)
