@@ -26,6 +26,7 @@ from kvbits.layer_plan import LayerPlan
 INT8_QUERIES = 4  # up to these, the int8 form's two columns per head are free
 INT8_FIELD = 32  # channels that a step of the int8 matrix unit takes
 TILE_TOKENS = 64
+LARGE_TILE_TOKENS = 128
 EXACT_TILE_TOKENS = 16
 MAX_SPLITS = 256
 RAGGED = 1.25  # the longest row over the mean, from which on a batch counts as ragged
@@ -204,13 +205,13 @@ def _is_byte_shape(shape: Shape) -> bool:
 
 def _tile(shape: Shape) -> int:
     group = shape.key.key_group
-    shared = min(tokens for tokens in (group, shape.value.scale_tile, 128) if tokens)
+    shared = min(t for t in (group, shape.value.scale_tile, LARGE_TILE_TOKENS) if t)
     if shape.is_looked_up:
         is_one_warp = not _is_short(shape) and not _has_planes(shape)
         is_small = is_one_warp and (not _is_byte_shape(shape) or _is_full(shape))
         return min(TILE_TOKENS // 2 if is_small else TILE_TOKENS, shared)
-    if group == shared == 128 and shape.num_queries == 1:
-        return 128  # a group's scales are applied to the query once
+    if group == shared == LARGE_TILE_TOKENS and shape.num_queries == 1:
+        return LARGE_TILE_TOKENS  # a group's scales are applied to the query once
     return min(TILE_TOKENS, shared)
 
 
@@ -268,6 +269,8 @@ def _splits(
     if tiles * rows < 2 * SCHEDULERS * SHORT_SPLIT_TILES * device.multiprocessors:
         is_heavy = tile_bytes <= SMALL_TILE_BYTES or 0 < shape.key.key_group < 128
         programs = SCHEDULERS * (2 if is_heavy else 1)
+        if tile == LARGE_TILE_TOKENS and shape.value.groups == 1:
+            programs -= 1  # of few tiles each: one that starts late costs more than a place
         splits = programs * device.multiprocessors // rows
         return splits - 1 if splits >= SHORT_SPLIT_TILES else splits
     return _even_splits(resident, rows, device.multiprocessors) or filling
@@ -281,7 +284,10 @@ def _register_programs(shape: Shape, form: Form, tile: int, columns: int) -> int
         return 2 * SCHEDULERS // _warps(shape)
     is_wide = form == "fp16" or columns > INT8_QUERIES
     is_narrow = form == "fp16" and max(shape.key.bits, shape.value.bits) == 2
-    is_large = tile == 128 or shape.key.head_dim > 128 or (is_wide and not is_narrow)
+    is_padded = shape.key.head_dim & (shape.key.head_dim - 1) > 0
+    if is_padded and min(shape.key.bits, shape.value.bits) >= 4:
+        return SCHEDULERS  # a tile is loaded into the room of the next power of two
+    is_large = tile == LARGE_TILE_TOKENS or shape.key.head_dim > 128 or (is_wide and not is_narrow)
     return SCHEDULERS * (2 if is_large else 3)
 
 
