@@ -374,12 +374,8 @@ def attend_levels(
             place = (i_hs * PAGE + at + o_n) * (K_SLOTS // 2) + i
             b_c0, b_c1, b_d0, b_d1 = outlier_pairs(p_channel, p_value, place, m_n)
             position = (S + n + o_n).to(tl.int64)
-            b_x = outlier_score(
-                p_qt, PHASES, b_c0, b_d0, position, m_n, DK, GP, IS_TURNED, COMPILED
-            )
-            b_x += outlier_score(
-                p_qt, PHASES, b_c1, b_d1, position, m_n, DK, GP, IS_TURNED, COMPILED
-            )
+            b_x = outlier_score(p_qt, PHASES, b_c0, b_d0, position, DK, GP, IS_TURNED, COMPILED)
+            b_x += outlier_score(p_qt, PHASES, b_c1, b_d1, position, DK, GP, IS_TURNED, COMPILED)
             b_s += b_x
         b_s *= scale
         if SOFTCAP:

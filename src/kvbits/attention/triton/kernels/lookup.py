@@ -9,8 +9,6 @@ import triton.language as tl
 
 from kvbits.attention.triton.kernels.layout import num_fields
 
-LANES = tl.constexpr(32)
-WORDS = tl.constexpr(64)  # bytes from a table of levels to the copies of every lane
 TURN = tl.constexpr(6.283185307179586 / 4294967296.0)  # radians in 2**-32 of a turn
 
 
@@ -231,9 +229,8 @@ def level_of(b_c, LEVELS, N: tl.constexpr):
 def table_words(LEVELS, BITS: tl.constexpr, BYTES: tl.constexpr, COMPILED: tl.constexpr):
     """A table of levels of so many bytes each in registers, ``[1, 1]`` each.
 
-    Every lane reads a copy of its own, which lies WORDS bytes behind the table: a byte permute
-    takes no two of the registers that all lanes share, which is where the compiler would keep
-    what it knows to be the same for all.
+    Joined with a zero that differs by lane, as far as the compiler can see: it would keep what is
+    the same for all in registers that lanes share, of which a byte permute takes no two.
     """
     p_t = LEVELS.to(tl.pointer_type(tl.int32))
     b_t = ()

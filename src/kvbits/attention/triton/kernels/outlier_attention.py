@@ -35,7 +35,6 @@ def outlier_score(
     b_c,
     b_d,
     position,
-    m_n,
     D: tl.constexpr,
     GP: tl.constexpr,
     IS_TURNED: tl.constexpr,
