@@ -45,7 +45,7 @@ from kvbits.attention.triton.kernels.outlier_attention import (
 )
 from kvbits.attention.triton.kernels.table_form import token_scales
 
-UNIT = tl.constexpr(4096.0)  # twice that many are what a level is short of as fp16: 2**24
+UNIT = tl.constexpr(4096.0)  # its square, 2**24, is what the bits of a level lack as fp16
 
 
 @triton.jit
