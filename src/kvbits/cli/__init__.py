@@ -23,6 +23,7 @@ from kvbits.cli.inspect import inspect
 from kvbits.cli.methods import calibrate, methods
 from kvbits.cli.replay import replay, replay_parse
 from kvbits.cli.report import report
+from kvbits.cli.score import score
 from kvbits.cli.tune import tune
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ for command in (inspect, methods, calibrate, tune, generate, evaluate, replay, r
     app.command()(command)
 app.command("eval")(eval_)
 app.command()(compare_evals)
+app.command()(score)
 app.command("replay-parse")(replay_parse)
 app.add_typer(bench.app, name="bench")
 

@@ -71,7 +71,7 @@ def calibrate(
     from kvbits.cli.models import load_config
     from kvbits.methods import build_method
 
-    settings = dict(map(_setting, setting or ()))
+    settings = settings_of(setting)
     if bits is not None:
         width = int(bits) if bits.is_integer() else bits
         settings = {"key_bits": width, "value_bits": width} | settings
@@ -112,6 +112,11 @@ def _calibrated(
     return plan.with_provenance(
         plan.provenance.model_copy(update={"datasets": used, "seed": seed})
     )
+
+
+def settings_of(texts: list[str] | None) -> dict[str, Any]:
+    """Read the values of ``--set``."""
+    return dict(map(_setting, texts or ()))
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
 from kvbits.evaluation.corpora import encode_document
+from kvbits.evaluation.generating import complete, own_defaults
 from kvbits.evaluation.statistics import Difference, proportion
 from kvbits.evaluation.statistics import paired_difference as paired_outcomes
 from kvbits.evaluation.stream import attention_for, cache_nbytes, new_cache
@@ -40,20 +37,6 @@ class Accuracy(NamedTuple):
     standard_error: float
     seconds: float
     cache_bytes: int
-
-
-class _StopString(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once its completion holds the stop string."""
-
-    def __init__(self, tokenizer: Any, stop: str, prompt_length: int) -> None:
-        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
-        # a token holds at least one byte, so the newest end of the string lies within these
-        self.num_tokens = len(stop.encode()) + 1
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        new = input_ids[:, self.prompt_length :][:, -self.num_tokens :]
-        ends = [self.stop in text for text in self.tokenizer.batch_decode(new)]
-        return torch.tensor(ends, device=input_ids.device)
 
 
 def run_task(
@@ -92,12 +75,19 @@ def run_task(
     examples = task.generate(n, seed=seed, split=split)
     prompts = [encode_document(tokenizer, example.prompt) for example in examples]
     correct, most_bytes = [False] * n, 0
-    with attention_for(model, plan), _own_defaults(model):
+    with attention_for(model, plan), own_defaults(model):
         for rows in _batches(prompts, batch_size):
             cache = new_cache(model, plan, quantize_prefill=quantize_prefill)
-            texts = _generate(model, tokenizer, task, [prompts[row] for row in rows], cache)
+            texts = complete(
+                model,
+                tokenizer,
+                [prompts[row] for row in rows],
+                cache,
+                max_new_tokens=task.max_new_tokens,
+                stop=[task.stop],
+            )
             for row, text in zip(rows, texts, strict=True):
-                correct[row] = task.is_correct(text, examples[row])
+                correct[row] = task.is_correct(_until(text, task.stop), examples[row])
             most_bytes = max(most_bytes, cache_nbytes(cache))
             if progress is not None:
                 progress(len(rows))
@@ -117,55 +107,6 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def _generate(
-    model: Any, tokenizer: Any, task: Task, prompts: Sequence[Sequence[int]], cache: Any
-) -> list[str]:
-    """Complete left-padded prompts greedily; texts are cut after the first stop string."""
-    width = max(map(len, prompts))
-    padding = _padding_token(model, tokenizer)
-    ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    with torch.no_grad():
-        output = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            past_key_values=cache,
-            do_sample=False,
-            max_new_tokens=task.max_new_tokens,
-            pad_token_id=padding,
-            eos_token_id=_end_tokens(model, tokenizer),
-            stopping_criteria=StoppingCriteriaList([_StopString(tokenizer, task.stop, width)]),
-        )
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return [_until(text, task.stop) for text in texts]
-
-
-@contextmanager
-def _own_defaults(model: Any) -> Iterator[None]:
-    """Set the model's generation config aside: Qwen's, for one, penalises repetition."""
-    former = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=former.eos_token_id)
-    try:
-        yield
-    finally:
-        model.generation_config = former
-
-
-def _padding_token(model: Any, tokenizer: Any) -> int:
-    for token in (tokenizer.pad_token_id, model.config.get_text_config().pad_token_id):
-        if token is not None and token >= 0:
-            return int(token)
-    return 0
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> Any:
-    own = model.generation_config.eos_token_id
-    return tokenizer.eos_token_id if own is None else own
 
 
 def _until(text: str, stop: str) -> str:

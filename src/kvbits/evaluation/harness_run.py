@@ -48,7 +48,7 @@ def open_run(folder: Path, wanted: dict[str, Any]) -> None:
     if not path.exists():
         write_text(path, text)
         return
-    found = _read(path)
+    found = read_object(path)
     for name, value in json.loads(text).items():
         if found.get(name) != value:
             raise RecordError(
@@ -72,7 +72,7 @@ def run_task(
     """
     done = None if folder is None else folder / f"{_file_name(name)}{RESULTS}"
     if done is not None and done.exists():
-        return _read(done)
+        return read_object(done)
     found = evaluate(name)
     samples = found.pop("samples", {})
     text = json.dumps(found, indent=2, default=str) + "\n"
@@ -100,7 +100,7 @@ def run_samples(folder: Path) -> list[Sample]:
 
 def describe_run(folder: Path) -> str:
     """The plan of a run in one line."""
-    return str(_read(folder / RUN).get("plan"))
+    return str(read_object(folder / RUN).get("plan"))
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -117,7 +117,12 @@ def _file_name(task: str) -> str:
     return task
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        RecordError: If it does not.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

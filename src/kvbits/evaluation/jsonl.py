@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,7 +57,17 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     torn = lines.pop()  # empty after a line that was written whole
     if torn:
         _warn_torn(path, torn)
-    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line]
+    return json_objects(lines, path)
+
+
+def json_objects(lines: Iterable[bytes], path: Path) -> list[dict[str, Any]]:
+    """Parse lines of JSON objects; empty ones are passed over.
+
+    Raises:
+        RecordError: a line is none.
+    """
+    numbered = enumerate(lines, start=1)
+    return [_parse(line, path, number) for number, line in numbered if line.strip()]
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Sample(BaseModel):
         metrics: Its score by every metric; of perplexities, the mean log-likelihood behind it.
         weights: By metric: words or bytes behind such a mean.
         response: What was answered, where something was generated.
+        group: Part of the task it belongs to, such as a subject.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -39,6 +40,7 @@ class Sample(BaseModel):
     metrics: dict[str, float]
     weights: dict[str, float] = Field(default_factory=dict)
     response: str | None = None
+    group: str = ""
 
     @property
     def key(self) -> tuple[str, str, int]:

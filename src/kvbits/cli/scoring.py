@@ -1,0 +1,113 @@
+"""What ``kvbits score`` does: read data, load the model, run, keep and return the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvbits.cli.models import load_config, load_model
+from kvbits.cli.output import progress_bars
+from kvbits.evaluation.benchmarks import Benchmark
+from kvbits.evaluation.benchmarks.results import results
+from kvbits.evaluation.benchmarks.running import (
+    RunSettings,
+    finish,
+    make_items,
+    run_benchmark,
+    settings_of,
+)
+from kvbits.evaluation.benchmarks.source import open_source
+from kvbits.evaluation.harness_run import RESULTS, identity, open_run, read_object
+from kvbits.evaluation.records import library_versions
+from kvbits.plan.files import write_text
+
+if TYPE_CHECKING:
+    from kvbits.plan import CachePlan
+
+
+class Scoring:
+    """One run of a benchmark.
+
+    Args:
+        benchmark: The benchmark.
+        settings: How it is run.
+        data: Folder with data files; None is the hub.
+        output: Folder for what is found; None keeps nothing.
+        execute_in: ``docker:IMAGE`` to run programs in, if they are to be run.
+
+    Raises:
+        ValueError: If a benchmark that only writes has nowhere to write, or programs cannot be
+            run.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        settings: RunSettings,
+        data: Path | None,
+        output: Path | None,
+        execute_in: str | None,
+    ) -> None:
+        if benchmark.only_writes and output is None and execute_in is None:
+            raise ValueError(
+                f"--output must be given for {benchmark.name}, whose answers are written and not "
+                "run; or pass --execute-in docker:IMAGE"
+            )
+        self.execute = self.executor(benchmark, execute_in)
+        self.benchmark, self.settings, self.output = benchmark, settings, output
+        self.source, self.execute_in = open_source(data), execute_in
+
+    @staticmethod
+    def executor(benchmark: Benchmark, place: str | None) -> Callable[[str], bool] | None:
+        """What runs programs; None if they are not to be run."""
+        return None
+
+    def run(
+        self,
+        model: str,
+        choose: Callable[[Any], CachePlan | None],
+        device: str,
+        dtype: str,
+    ) -> dict[str, Any]:
+        """Run it, or read what the same run found before.
+
+        Args:
+            model: Folder or hub id.
+            choose: Makes the plan from the model's config.
+            device: As for ``load_model``.
+            dtype: As for ``load_model``.
+        """
+        plan = choose(load_config(model))
+        loaded = load_model(model, device, dtype)
+        items = make_items(self.benchmark, self.source, loaded.tokenizer, self.settings)
+        place = {"device": loaded.model.device.type}
+        place["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+        asked = settings_of(self.benchmark, self.settings, self.source)
+        asked |= {"model": Path(loaded.name).name, "execute_in": self.execute_in}
+        manifest = identity(plan, asked, library_versions() | place)
+        done = None
+        if self.output is not None:
+            open_run(self.output, manifest)
+            done = self.output / f"{self.benchmark.name}{RESULTS}"
+            if done.exists():
+                return read_object(done)
+        with progress_bars() as bars:
+            bar = bars.add_task(self.benchmark.name, total=len(items))
+            outcome = run_benchmark(
+                self.benchmark,
+                items,
+                loaded.model,
+                loaded.tokenizer,
+                plan,
+                self.settings,
+                folder=self.output,
+                execute=self.execute,
+                progress=lambda count: bars.advance(bar, count),
+            )
+        found = json.loads(json.dumps(results(self.benchmark, outcome, manifest)))
+        if self.output is not None and done is not None:
+            finish(self.output, self.benchmark, outcome)
+            write_text(done, json.dumps(found, indent=2) + "\n")
+        return dict(found)

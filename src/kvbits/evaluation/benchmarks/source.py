@@ -1,0 +1,158 @@
+"""Where data files of benchmarks come from: a folder, or the Hugging Face hub by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from kvbits.errors import RecordError
+from kvbits.evaluation.jsonl import json_objects, parse
+
+
+class Row(BaseModel):
+    """One line of a data file. Keys that are not needed are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Hub(NamedTuple):
+    """A dataset of the Hugging Face hub.
+
+    Attributes:
+        path: Its id.
+        split: The split.
+        config: The configuration, if it has several.
+    """
+
+    path: str
+    split: str
+    config: str | None = None
+
+    def __str__(self) -> str:
+        config = f", configuration {self.config}" if self.config else ""
+        return f"{self.path}{config}, split {self.split}"
+
+
+@dataclass(frozen=True)
+class DataFile(Generic[R]):
+    """A file of one JSON object a line.
+
+    Args:
+        name: Its path in the folder.
+        row: What a line holds.
+        hub: The same data on the Hugging Face hub, if it lies there with the same keys.
+        origin: Where else to get it.
+    """
+
+    name: str
+    row: type[R]
+    hub: Hub | None = None
+    origin: str = ""
+
+    @property
+    def schema(self) -> str:
+        """The keys of a line, such as ``question, answer``."""
+        return ", ".join(
+            f"[{name}]" if not field.is_required() else name
+            for name, field in self.row.model_fields.items()
+        )
+
+    @property
+    def place(self) -> str:
+        """Where to get it."""
+        hub = f"{self.hub} on the Hugging Face hub" if self.hub else ""
+        return " or ".join(part for part in (hub, self.origin) if part)
+
+
+class Source(ABC):
+    """Reads data files, and keeps the checksum of each."""
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, str] = {}
+
+    @abstractmethod
+    def read(self, file: DataFile[R]) -> list[R]:
+        """Read the rows of a file.
+
+        Raises:
+            ValueError: If it is missing; the message says where to get it and its format.
+            RecordError: If a line is not of its schema.
+        """
+
+
+class FolderSource(Source):
+    """Data files of a folder.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        if not folder.is_dir():
+            raise ValueError(f"--data must be a folder, got {str(folder)!r}")
+        self.folder = folder
+
+    def read(self, file: DataFile[R]) -> list[R]:
+        path = self.folder / file.name
+        if not path.is_file():
+            raise ValueError(
+                f"--data must hold {file.name}, got {str(self.folder)!r} without it; write "
+                f"{file.place} as one JSON object a line with {file.schema}"
+            )
+        text = path.read_bytes()
+        self.checksums[file.name] = hashlib.sha256(text).hexdigest()
+        rows = [
+            parse(file.row, value, f"{path}:{number}")
+            for number, value in enumerate(json_objects(text.split(b"\n"), path), start=1)
+        ]
+        if not rows:
+            raise RecordError(f"{path} must hold at least one line, got none")
+        return rows
+
+
+class HubSource(Source):
+    """Data sets of the Hugging Face hub, by the package ``datasets``; needs a network."""
+
+    def read(self, file: DataFile[R]) -> list[R]:
+        remedy = (
+            f"put {file.name} into a folder and pass it as --data: {file.place}, one JSON object "
+            f"a line with {file.schema}"
+        )
+        if file.hub is None:
+            raise ValueError(f"{file.name} must be read from a folder, got no --data; {remedy}")
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise ValueError(
+                f"{file.name} must be read from a folder or with the package datasets, got no "
+                f"--data and no such package; pip install datasets, or {remedy}"
+            ) from None
+        try:
+            found: Any = load_dataset(file.hub.path, file.hub.config, split=file.hub.split)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"{file.hub} must be reachable without --data, got {reason}; or {remedy}"
+            ) from error
+        values = [json.loads(json.dumps(value, default=str)) for value in found]
+        text = json.dumps(values, sort_keys=True)
+        self.checksums[file.name] = hashlib.sha256(text.encode()).hexdigest()
+        return [
+            parse(file.row, value, f"{file.hub.path}:{number}")
+            for number, value in enumerate(values, start=1)
+        ]
+
+
+def open_source(data: Path | None) -> Source:
+    """The source of a run: the folder, or without one the hub."""
+    return HubSource() if data is None else FolderSource(data)
