@@ -8,9 +8,24 @@ from pydantic import ValidationError
 
 from kvbits.evaluation.benchmarks.base import Benchmark
 from kvbits.evaluation.benchmarks.lambada import Lambada
+from kvbits.evaluation.benchmarks.own import Arithmetic, Recall
+from kvbits.evaluation.benchmarks.perplexity import C4Perplexity, WikiText2
+from kvbits.evaluation.benchmarks.retrieval import NeedleGrid, PasskeyGrid, Ruler
 from kvbits.plan.loading import one_sentence
 
-BENCHMARKS: dict[str, type[Benchmark]] = {benchmark.name: benchmark for benchmark in (Lambada,)}
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Lambada,
+        WikiText2,
+        C4Perplexity,
+        PasskeyGrid,
+        NeedleGrid,
+        Ruler,
+        Recall,
+        Arithmetic,
+    )
+}
 """Every benchmark, by name."""
 
 __all__ = ["BENCHMARKS", "Benchmark", "build_benchmark"]

@@ -72,6 +72,30 @@ class DataFile(Generic[R]):
         hub = f"{self.hub} on the Hugging Face hub" if self.hub else ""
         return " or ".join(part for part in (hub, self.origin) if part)
 
+    @property
+    def format(self) -> str:
+        """How the file is written."""
+        return f"one JSON object a line with {self.schema}"
+
+    def values(self, content: bytes, path: Path) -> list[dict[str, Any]]:
+        """Its rows, unchecked."""
+        return json_objects(content.split(b"\n"), path)
+
+
+class LineFile(DataFile[R]):
+    """A file of plain text whose every line is the ``text`` of a row, its line break included.
+
+    A line of white space is an empty row: so the Hugging Face hub gives wikitext.
+    """
+
+    @property
+    def format(self) -> str:
+        return "plain text, one row a line"
+
+    def values(self, content: bytes, path: Path) -> list[dict[str, Any]]:
+        lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        return [{"text": f"{line}\n" if line.strip() else ""} for line in lines]
+
 
 class Source(ABC):
     """Reads data files, and keeps the checksum of each."""
@@ -107,13 +131,13 @@ class FolderSource(Source):
         if not path.is_file():
             raise ValueError(
                 f"--data must hold {file.name}, got {str(self.folder)!r} without it; write "
-                f"{file.place} as one JSON object a line with {file.schema}"
+                f"{file.place} as {file.format}"
             )
         text = path.read_bytes()
         self.checksums[file.name] = hashlib.sha256(text).hexdigest()
         rows = [
             parse(file.row, value, f"{path}:{number}")
-            for number, value in enumerate(json_objects(text.split(b"\n"), path), start=1)
+            for number, value in enumerate(file.values(text, path), start=1)
         ]
         if not rows:
             raise RecordError(f"{path} must hold at least one line, got none")
@@ -125,8 +149,7 @@ class HubSource(Source):
 
     def read(self, file: DataFile[R]) -> list[R]:
         remedy = (
-            f"put {file.name} into a folder and pass it as --data: {file.place}, one JSON object "
-            f"a line with {file.schema}"
+            f"put {file.name} into a folder and pass it as --data: {file.place}, {file.format}"
         )
         if file.hub is None:
             raise ValueError(f"{file.name} must be read from a folder, got no --data; {remedy}")
