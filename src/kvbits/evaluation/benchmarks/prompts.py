@@ -87,6 +87,10 @@ class Prompter:
             )
         ]
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of an answer."""
+        return len(encode_continuation(self.tokenizer, text))
+
     def prompt_hash(self, request: Request) -> str:
         """SHA-256 of what is asked."""
         if isinstance(request, Read):
