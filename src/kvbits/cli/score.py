@@ -172,7 +172,9 @@ def _print_list(benchmarks: dict[str, type[Benchmark]], as_json: bool) -> None:
         settings = ", ".join(
             f"{name}={json.dumps(value)}" for name, value in row["settings"].items()
         )
-        files = "\n".join(file["name"] for file in row["files"]) or "none: generated"
+        names = [file["name"] for file in row["files"]]
+        more = [f"and {len(names) - 1} more"] if len(names) > 2 else names[1:]
+        files = "\n".join([*names[:1], *more]) or "none: generated"
         made.add_row(row["name"], row["description"], str(row["shots"]), files, settings)
     console().print(made)
-    typer.echo("A file is one JSON object a line; a run without it says where to get it.")
+    typer.echo("--list --json names all files with their keys and where to get them.")

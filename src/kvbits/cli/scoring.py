@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvbits.cli.models import load_config, load_model
 from kvbits.cli.output import progress_bars
 from kvbits.evaluation.benchmarks import Benchmark
+from kvbits.evaluation.benchmarks.execution import DockerExecutor
 from kvbits.evaluation.benchmarks.results import results
 from kvbits.evaluation.benchmarks.running import (
     RunSettings,
@@ -50,19 +51,19 @@ class Scoring:
         output: Path | None,
         execute_in: str | None,
     ) -> None:
+        if execute_in is not None and not benchmark.has_programs:
+            raise ValueError(
+                f"--execute-in must be given for a benchmark whose answers are programs that "
+                f"kvbits can test, got {benchmark.name}"
+            )
         if benchmark.only_writes and output is None and execute_in is None:
             raise ValueError(
                 f"--output must be given for {benchmark.name}, whose answers are written and not "
-                "run; or pass --execute-in docker:IMAGE"
+                "run here"
             )
-        self.execute = self.executor(benchmark, execute_in)
+        self.execute = None if execute_in is None else DockerExecutor(execute_in)
         self.benchmark, self.settings, self.output = benchmark, settings, output
         self.source, self.execute_in = open_source(data), execute_in
-
-    @staticmethod
-    def executor(benchmark: Benchmark, place: str | None) -> Callable[[str], bool] | None:
-        """What runs programs; None if they are not to be run."""
-        return None
 
     def run(
         self,

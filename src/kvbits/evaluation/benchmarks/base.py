@@ -129,12 +129,14 @@ class Setup:
         tokenizer: The model's tokenizer, for prompts of a wanted length.
         shots: Examples before each question.
         seed: Seed of everything random.
+        is_chat: Whether prompts are wrapped in a chat template.
     """
 
     source: Source
     tokenizer: Any = field(repr=False)
     shots: int
     seed: int
+    is_chat: bool = False
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, without special ones."""
@@ -150,7 +152,8 @@ class Benchmark(BaseModel, ABC):
         origin: Where it was published.
         files: Data files it reads; none if it generates its items.
         default_shots: Examples before each question, if the user does not say.
-        only_writes: Whether scores need a program to be run, so that answers are only written.
+        only_writes: Whether answers are written to be scored elsewhere.
+        has_programs: Whether ``program`` says how an answer is scored by running it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -160,6 +163,7 @@ class Benchmark(BaseModel, ABC):
     origin: ClassVar[str]
     default_shots: ClassVar[int] = 0
     only_writes: ClassVar[bool] = False
+    has_programs: ClassVar[bool] = False
 
     @property
     def files(self) -> tuple[DataFile[Any], ...]:
@@ -190,6 +194,22 @@ class Benchmark(BaseModel, ABC):
     def program(self, item: Item, text: str) -> str | None:
         """A Python program that ends with code 0 if the answer is right, if that is how."""
         return None
+
+
+def first_shots(shots: Sequence[Shot], setup: Setup) -> tuple[Shot, ...]:
+    """The first examples, as many as were asked for.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if len(shots) < setup.shots:
+        raise ValueError(f"--shots must be at most {len(shots)} here, got {setup.shots}")
+    return tuple(shots[: setup.shots])
+
+
+def most_likely(response: Sequence[Likelihood]) -> int:
+    """Number of the answer of greatest likelihood; the first of equals."""
+    return max(range(len(response)), key=lambda i: response[i].logprob)
 
 
 def no_shots(benchmark: Benchmark, setup: Setup) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from kvbits.evaluation.benchmarks.base import Benchmark, Item, Read, Scores, Setup, no_shots
-from kvbits.evaluation.benchmarks.source import DataFile, Hub, LineFile, Row
+from kvbits.evaluation.benchmarks.source import DataFile, Hub, Row
 from kvbits.evaluation.likelihood import Likelihood
 from kvbits.evaluation.samples import Sample
 from kvbits.evaluation.statistics import clustered_mean
@@ -24,6 +25,21 @@ class TextRow(Row):
     """A text."""
 
     text: str
+
+
+class LineFile(DataFile[TextRow]):
+    """A file of plain text whose every line is the text of a row, its line break included.
+
+    A line of white space is an empty row: so the Hugging Face hub gives wikitext.
+    """
+
+    @property
+    def form(self) -> str:
+        return "plain text, one row a line"
+
+    def objects(self, data: bytes, path: Path) -> list[dict[str, Any]]:
+        lines = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        return [{"text": f"{line}\n" if line.strip() else ""} for line in lines]
 
 
 WIKITEXT2 = LineFile(

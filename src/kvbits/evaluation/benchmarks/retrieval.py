@@ -1,95 +1,146 @@
-"""Something hidden at a depth of a long text: passkey, needle, and RULER-style tasks."""
+"""Recall from long contexts, read from files: lines, pass keys, key-value pairs, short stories."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
+import json
+from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
-
-from kvbits.evaluation.benchmarks.generated import (
-    CountTokens,
-    Generated,
-    Lengths,
-    Names,
-    Part,
-    cell,
+from kvbits.evaluation.benchmarks.base import (
+    Benchmark,
+    Generate,
+    Item,
+    Prompt,
+    Scores,
+    Setup,
+    no_shots,
 )
-from kvbits.evaluation.tasks import Passkey
-from kvbits.evaluation.tasks.ruler import RULER, Needle, ruler_task
-
-LONGEST_SENTENCE = 40  # tokens by which the prose of a pass key may pass its length
+from kvbits.evaluation.benchmarks.source import DataFile, Row
 
 
-class Grid(Generated):
-    """One part for every length and depth.
+class Retrieval(Benchmark):
+    """Whether the answer contains what was to be found; what the subclasses share."""
 
-    ``lengths`` are tokens of prompt and answer, ``depths`` the number of evenly spaced places from
-    first (0) to last (1), ``n`` the problems of a cell.
-    """
+    file: ClassVar[DataFile[Any]]
+    new_tokens: ClassVar[int] = 32
+    stop: ClassVar[tuple[str, ...]] = ()
 
-    n: int = Field(default=10, ge=1)
-    lengths: Lengths = (1024, 2048, 4096)
-    depths: int = Field(default=11, ge=2)
+    @property
+    def files(self) -> tuple[DataFile[Any], ...]:
+        return (self.file,)
 
-    def cells(self) -> Iterator[tuple[int, float, str]]:
-        """Length, depth and name of every cell."""
-        places = [i / (self.depths - 1) for i in range(self.depths)]
-        for length, depth in product(self.lengths, places):
-            yield length, depth, cell(length, depth)
-
-
-class PasskeyGrid(Grid):
-    """A five-digit number in prose. ``templates="heldout"`` hides it in other sentences."""
-
-    name: ClassVar = "passkey"
-    description: ClassVar = "a number hidden in prose, by length and depth"
-    origin: ClassVar = "arXiv 2305.16300; prose and wording of our own"
-
-    templates: str = Field(default="seen", pattern="seen|heldout")
-
-    def parts(self, count_tokens: CountTokens) -> Iterator[Part]:
-        for length, depth, name in self.cells():
-            room = length - Passkey.max_new_tokens - LONGEST_SENTENCE
-            settings: dict[str, Any] = {"depth": depth, "templates": self.templates}
-            yield Part(
-                Passkey(length=room, count_tokens=count_tokens, **settings), "passkey", name
+    def items(self, setup: Setup) -> Iterable[Item]:
+        no_shots(self, setup)
+        for number, row in enumerate(setup.source.read(self.file)):
+            text, wanted, group = self.ask(row)
+            yield Item(
+                doc_id=number,
+                request=Generate(Prompt(text), self.new_tokens, self.stop),
+                doc=row.model_dump(),
+                references=(wanted,),
+                group=group,
             )
 
+    @abstractmethod
+    def ask(self, row: Any) -> tuple[str, str, str]:
+        """The prompt of a row, what the answer has to contain, and the row's group."""
 
-class NeedleGrid(Grid):
-    """A seven-digit number that belongs to two words, in prose; the score is RULER's."""
-
-    name: ClassVar = "needle"
-    description: ClassVar = "a needle in a haystack, by length and depth"
-    origin: ClassVar = "github.com/gkamradt/LLMTest_NeedleInAHaystack; prose of our own"
-
-    def parts(self, count_tokens: CountTokens) -> Iterator[Part]:
-        for length, depth, name in self.cells():
-            task = Needle(name="needle", length=length, depth=depth, count_tokens=count_tokens)
-            yield Part(task, "needle", name)
+    def score(self, item: Item, response: str) -> Scores:
+        return Scores({"acc": float(item.references[0].lower() in response.lower())})
 
 
-class Ruler(Generated):
-    """RULER's 13 tasks at every length, or those that ``tasks`` names."""
+class LineRow(Row):
+    """A record of lines, and the register of one of them."""
 
-    name: ClassVar = "ruler"
-    description: ClassVar = "needles, chains of variables, word counts, questions, by length"
-    origin: ClassVar = "arXiv 2404.06654; prompts, prose and facts of our own"
+    num_lines: int
+    prompt: str
+    target: str
 
-    lengths: Lengths = (4096,)
-    tasks: Names = tuple(RULER)
 
-    @field_validator("tasks")
-    @classmethod
-    def _check_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        for name in tasks:
-            ruler_task(name)
-        return tasks
+class LongEvalLines(Retrieval):
+    """The register of one line among hundreds."""
 
-    def parts(self, count_tokens: CountTokens) -> Iterator[Part]:
-        for length in self.lengths:
-            for name in self.tasks:
-                task = ruler_task(name, length=length, count_tokens=count_tokens)
-                yield Part(task, name, f"{length} tokens")
+    name: ClassVar = "longeval_lines"
+    description: ClassVar = "the number of one line among hundreds"
+    origin: ClassVar = "LongEval, github.com/DachengLi1/LongChat"
+    file: ClassVar = DataFile("longeval_lines.jsonl", LineRow, origin="LongEval's lines task")
+
+    def ask(self, row: LineRow) -> tuple[str, str, str]:
+        return row.prompt, row.target, f"{row.num_lines} lines"
+
+
+class StoreRow(Row):
+    """Key-value pairs, and one of them."""
+
+    ordered_kv_records: tuple[tuple[str, str], ...]
+    key: str
+    value: str
+
+
+class KeyValueStore(Retrieval):
+    """The value of one key among random ones."""
+
+    name: ClassVar = "kv_retrieval"
+    description: ClassVar = "the value of one of 75 random keys"
+    origin: ClassVar = "Lost in the Middle, arXiv 2307.03172"
+    new_tokens: ClassVar = 64
+    file: ClassVar = DataFile(
+        "kv_retrieval_75.jsonl",
+        StoreRow,
+        origin="kv_retrieval_data of github.com/nelson-liu/lost-in-the-middle",
+    )
+
+    def ask(self, row: StoreRow) -> tuple[str, str, str]:
+        store = json.dumps(dict(row.ordered_kv_records), indent=1)
+        text = (
+            f"This JSON object maps keys to values.\n\n{store}\n\nWhat is the value of the key "
+            f'below?\n\nKey: "{row.key}"\nValue:'
+        )
+        return text, row.value, ""
+
+
+class PassKeyRow(Row):
+    """Filler with a pass key inside."""
+
+    input: str
+    target: str
+    passkey_position: int
+
+
+class KiviPassKey(Retrieval):
+    """The pass key of KIVI's example, hidden in repeated sentences."""
+
+    name: ClassVar = "kivi_passkey"
+    description: ClassVar = "KIVI's pass key in repeated sentences"
+    origin: ClassVar = "arXiv 2402.02750"
+    file: ClassVar = DataFile(
+        "kivi_passkey.jsonl",
+        PassKeyRow,
+        origin="passkey_examples.jsonl of github.com/jy-yuan/KIVI",
+    )
+
+    def ask(self, row: PassKeyRow) -> tuple[str, str, str]:
+        return f"{row.input}\nWhat is the pass key? The pass key is", row.target, ""
+
+
+class StoryRow(Row):
+    """A story, a question on it and the answer."""
+
+    name: str
+    story: str
+    question: str
+    answer: str
+
+
+class Babi(Retrieval):
+    """Questions on short stories, in twenty kinds."""
+
+    name: ClassVar = "babi"
+    description: ClassVar = "questions on short stories, of twenty kinds"
+    origin: ClassVar = "arXiv 1502.05698"
+    stop: ClassVar = ("\n",)
+    file: ClassVar = DataFile("babi_test.jsonl", StoryRow, origin="the test split of bAbI, 1k")
+
+    def ask(self, row: StoryRow) -> tuple[str, str, str]:
+        return f"{row.story}\nQuestion: {row.question}\nAnswer:", row.answer, row.name

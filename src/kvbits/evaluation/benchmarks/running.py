@@ -91,7 +91,13 @@ def make_items(
     Raises:
         ValueError: If there are none, or data is missing.
     """
-    setup = Setup(source=source, tokenizer=tokenizer, shots=settings.shots, seed=settings.seed)
+    setup = Setup(
+        source=source,
+        tokenizer=tokenizer,
+        shots=settings.shots,
+        seed=settings.seed,
+        is_chat=settings.chat_template,
+    )
     found = list(_limited(benchmark.items(setup), settings.limit))
     if not found:
         raise ValueError(f"{benchmark.name} must have at least one item, got none")

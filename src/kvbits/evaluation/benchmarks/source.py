@@ -44,19 +44,21 @@ class Hub(NamedTuple):
 
 @dataclass(frozen=True)
 class DataFile(Generic[R]):
-    """A file of one JSON object a line.
+    """A file of one JSON object a line, or of a list of them.
 
     Args:
         name: Its path in the folder.
         row: What a line holds.
         hub: The same data on the Hugging Face hub, if it lies there with the same keys.
         origin: Where else to get it.
+        key: Where the rows lie in the one JSON object that the file is, if it is one.
     """
 
     name: str
     row: type[R]
     hub: Hub | None = None
     origin: str = ""
+    key: str | None = None
 
     @property
     def schema(self) -> str:
@@ -67,34 +69,20 @@ class DataFile(Generic[R]):
         )
 
     @property
+    def form(self) -> str:
+        """What the file looks like, in words."""
+        layout = "one JSON object a line" if self.key is None else f"one JSON list {self.key!r}"
+        return f"{layout} with {self.schema}"
+
+    @property
     def place(self) -> str:
         """Where to get it."""
         hub = f"{self.hub} on the Hugging Face hub" if self.hub else ""
         return " or ".join(part for part in (hub, self.origin) if part)
 
-    @property
-    def format(self) -> str:
-        """How the file is written."""
-        return f"one JSON object a line with {self.schema}"
-
-    def values(self, content: bytes, path: Path) -> list[dict[str, Any]]:
-        """Its rows, unchecked."""
-        return json_objects(content.split(b"\n"), path)
-
-
-class LineFile(DataFile[R]):
-    """A file of plain text whose every line is the ``text`` of a row, its line break included.
-
-    A line of white space is an empty row: so the Hugging Face hub gives wikitext.
-    """
-
-    @property
-    def format(self) -> str:
-        return "plain text, one row a line"
-
-    def values(self, content: bytes, path: Path) -> list[dict[str, Any]]:
-        lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
-        return [{"text": f"{line}\n" if line.strip() else ""} for line in lines]
+    def objects(self, data: bytes, path: Path) -> list[dict[str, Any]]:
+        """Rows of the file's bytes, not yet checked against the schema."""
+        return _objects(data, path, self.key)
 
 
 class Source(ABC):
@@ -130,18 +118,30 @@ class FolderSource(Source):
         path = self.folder / file.name
         if not path.is_file():
             raise ValueError(
-                f"--data must hold {file.name}, got {str(self.folder)!r} without it; write "
-                f"{file.place} as {file.format}"
+                f"--data must hold {file.name}, got {str(self.folder)!r} without it; take "
+                f"{file.place}, as {file.form}"
             )
         text = path.read_bytes()
         self.checksums[file.name] = hashlib.sha256(text).hexdigest()
         rows = [
             parse(file.row, value, f"{path}:{number}")
-            for number, value in enumerate(file.values(text, path), start=1)
+            for number, value in enumerate(file.objects(text, path), start=1)
         ]
         if not rows:
             raise RecordError(f"{path} must hold at least one line, got none")
         return rows
+
+
+def _objects(data: bytes, path: Path, key: str | None) -> list[dict[str, Any]]:
+    if key is None:
+        return json_objects(data.split(b"\n"), path)
+    try:
+        found = json.loads(data)[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} must be a JSON object with {key!r}, got another") from error
+    if not isinstance(found, list):
+        raise RecordError(f"{path} {key} must be a list, got {type(found).__name__}")
+    return found
 
 
 class HubSource(Source):
@@ -149,7 +149,7 @@ class HubSource(Source):
 
     def read(self, file: DataFile[R]) -> list[R]:
         remedy = (
-            f"put {file.name} into a folder and pass it as --data: {file.place}, {file.format}"
+            f"put {file.name} into a folder and pass it as --data: {file.place}, as {file.form}"
         )
         if file.hub is None:
             raise ValueError(f"{file.name} must be read from a folder, got no --data; {remedy}")
