@@ -75,6 +75,8 @@ def test_answers_of_a_real_run_are_recorded_by_length(tiny):
     [
         ("ruler", {"tasks": ["niah"]}, "ruler task must be one of"),
         ("passkey", {"lengths": []}, "lengths"),
+        ("passkey", {"lengths": "512,some"}, "lengths"),
+        ("recall", {"tasks": "key_value,other"}, "tasks must be among"),
         ("passkey", {"depths": 1}, "depths"),
         ("passkey", {"templates": "other"}, "templates"),
     ],
@@ -82,3 +84,9 @@ def test_answers_of_a_real_run_are_recorded_by_length(tiny):
 def test_bad_settings_are_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         build_benchmark(name, **settings)
+
+
+def test_several_values_may_be_one_text_with_commas():
+    assert build_benchmark("passkey", lengths="512,1024").lengths == (512, 1024)
+    assert build_benchmark("passkey", lengths=512).lengths == (512,)
+    assert build_benchmark("ruler", tasks="vt, cwe").tasks == ("vt", "cwe")

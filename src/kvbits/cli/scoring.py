@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,18 +10,9 @@ from kvbits.cli.models import load_config, load_model
 from kvbits.cli.output import progress_bars
 from kvbits.evaluation.benchmarks import Benchmark
 from kvbits.evaluation.benchmarks.execution import DockerExecutor
-from kvbits.evaluation.benchmarks.results import results
-from kvbits.evaluation.benchmarks.running import (
-    RunSettings,
-    finish,
-    make_items,
-    run_benchmark,
-    settings_of,
-)
+from kvbits.evaluation.benchmarks.running import RunSettings, make_items
+from kvbits.evaluation.benchmarks.scored import scored
 from kvbits.evaluation.benchmarks.source import open_source
-from kvbits.evaluation.harness_run import RESULTS, identity, open_run, read_object
-from kvbits.evaluation.records import library_versions
-from kvbits.plan.files import write_text
 
 if TYPE_CHECKING:
     from kvbits.plan import CachePlan
@@ -83,32 +73,18 @@ class Scoring:
         plan = choose(load_config(model))
         loaded = load_model(model, device, dtype)
         items = make_items(self.benchmark, self.source, loaded.tokenizer, self.settings)
-        place = {"device": loaded.model.device.type}
-        place["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
-        asked = settings_of(self.benchmark, self.settings, self.source)
-        asked |= {"model": Path(loaded.name).name, "execute_in": self.execute_in}
-        manifest = identity(plan, asked, library_versions() | place)
-        done = None
-        if self.output is not None:
-            open_run(self.output, manifest)
-            done = self.output / f"{self.benchmark.name}{RESULTS}"
-            if done.exists():
-                return read_object(done)
         with progress_bars() as bars:
             bar = bars.add_task(self.benchmark.name, total=len(items))
-            outcome = run_benchmark(
+            return scored(
                 self.benchmark,
                 items,
                 loaded.model,
                 loaded.tokenizer,
                 plan,
                 self.settings,
+                self.source,
+                facts={"model": Path(loaded.name).name, "execute_in": self.execute_in},
                 folder=self.output,
                 execute=self.execute,
                 progress=lambda count: bars.advance(bar, count),
             )
-        found = json.loads(json.dumps(results(self.benchmark, outcome, manifest)))
-        if self.output is not None and done is not None:
-            finish(self.output, self.benchmark, outcome)
-            write_text(done, json.dumps(found, indent=2) + "\n")
-        return dict(found)

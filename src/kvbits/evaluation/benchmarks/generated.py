@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from kvbits.evaluation.benchmarks.base import (
     Benchmark,
@@ -23,8 +23,25 @@ from kvbits.evaluation.tasks.base import estimate_tokens
 from kvbits.evaluation.tasks.ruler import RulerTask
 
 CountTokens = Callable[[str], int]
-Lengths = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
-Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+
+
+def _several(value: Any) -> Any:
+    """Read ``a,b`` and what is one value alone as several, in a tuple."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _numbers(value: Any) -> Any:
+    """The same of numbers."""
+    return tuple(
+        int(part) if isinstance(part, str) and part.isdecimal() else part
+        for part in _several(value)
+    )
+
+
+Lengths = Annotated[tuple[int, ...], BeforeValidator(_numbers), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
 
 
 class Part(NamedTuple):

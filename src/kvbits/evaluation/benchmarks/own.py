@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from kvbits.evaluation.benchmarks.generated import CountTokens, Generated, Part
+from kvbits.evaluation.benchmarks.generated import CountTokens, Generated, Names, Part
 from kvbits.evaluation.tasks import (
     ArithmeticChain,
     CopyList,
     FactRecall,
     KeyValueRecall,
     LineRecall,
+    Task,
     VariableTracking,
 )
 
 TOKENS_PER_ENTRY = 20  # of a list of lines or of pairs, under a byte-level BPE of 4096 tokens
+_RECALL: dict[str, Callable[[int, CountTokens], Task]] = {
+    "key_value": lambda length, _: KeyValueRecall(num_pairs=length // TOKENS_PER_ENTRY),
+    "lines": lambda length, _: LineRecall(num_lines=length // TOKENS_PER_ENTRY),
+    "facts": lambda length, count: FactRecall(length=length, count_tokens=count),
+    "variables": lambda length, count: VariableTracking(length=length, count_tokens=count),
+    "copy": lambda length, count: CopyList(length=length, count_tokens=count),
+}
 
 
 class Recall(Generated):
     """Entries of a JSON object, lines of a record, facts, variables and a list in prose.
 
-    ``length`` is the tokens of a prompt, approximately.
+    ``length`` is the tokens of a prompt, approximately; ``tasks`` names some of them.
     """
 
     name: ClassVar = "recall"
@@ -31,15 +39,20 @@ class Recall(Generated):
     origin: ClassVar = "kvbits"
 
     length: int = Field(default=1024, ge=256)
+    tasks: Names = ("key_value", "lines", "facts", "variables", "copy")
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for name in tasks:
+            if name not in _RECALL:
+                raise ValueError(f"tasks must be among {', '.join(_RECALL)}, got {name!r}")
+        return tasks
 
     def parts(self, count_tokens: CountTokens) -> Iterator[Part]:
-        entries = self.length // TOKENS_PER_ENTRY
-        woven = {"length": self.length, "count_tokens": count_tokens}
-        yield Part(KeyValueRecall(num_pairs=entries), "key_value", ends_in_lead=False)
-        yield Part(LineRecall(num_lines=entries), "lines", ends_in_lead=False)
-        yield Part(FactRecall(**woven), "facts")
-        yield Part(VariableTracking(**woven), "variables", ends_in_lead=False)
-        yield Part(CopyList(**woven), "copy", ends_in_lead=False)
+        for name in self.tasks:
+            task = _RECALL[name](self.length, count_tokens)
+            yield Part(task, name, ends_in_lead=name == "facts")
 
 
 class Arithmetic(Generated):
