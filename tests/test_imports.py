@@ -185,7 +185,8 @@ def test_importing_kvbits_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["tune", "--help"], ["eval", "--help"]]
+    "arguments",
+    [["--help"], ["--version"], ["tune", "--help"], ["eval", "--help"], ["score", "--help"]],
 )
 def test_help_loads_nothing_heavy(arguments):
     code = (

@@ -208,7 +208,7 @@ def test_compare_evals_refuses_what_is_no_run(tmp_path, finished):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert ("must be an --output of kvbits eval" if finished else "a finished task") in line
+    assert ("must be an --output of kvbits" if finished else "a finished task") in line
     with pytest.raises(RecordError):
         run_samples(tmp_path / "b")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from kvbits.plan import CachePlan
+    from kvbits.plan.modes import Mode
 
 
 class Wanted(NamedTuple):
@@ -99,5 +100,5 @@ def _uniform(config: Any, given: dict[str, Any]) -> CachePlan:
     except KeyError as error:
         missing = FLAGS[error.args[0]]
         raise ValueError(f"{missing} must be given with the others, got none") from None
-    mode = "kivi" if given.pop("per_channel_keys", False) else "per_token"
+    mode: Mode = "kivi" if given.pop("per_channel_keys", False) else "per_token"
     return CachePlan.uniform(config, key_bits, value_bits, mode=mode, **given)

@@ -159,7 +159,7 @@ def _add(rows: Any, name: str, scores: dict[str, Any], n: int) -> None:
 
 def _print_list(benchmarks: dict[str, type[Benchmark]], as_json: bool) -> None:
     from kvbits.cli.output import console, table
-    from kvbits.evaluation.benchmarks.listing import facts
+    from kvbits.evaluation.benchmarks.listing import facts, written
 
     rows = [facts(kind) for kind in benchmarks.values()]
     if as_json:
@@ -169,9 +169,7 @@ def _print_list(benchmarks: dict[str, type[Benchmark]], as_json: bool) -> None:
     for column in made.columns:
         column.justify = "left"
     for row in rows:
-        settings = ", ".join(
-            f"{name}={json.dumps(value)}" for name, value in row["settings"].items()
-        )
+        settings = ", ".join(written(row["settings"]))
         names = [file["name"] for file in row["files"]]
         more = [f"and {len(names) - 1} more"] if len(names) > 2 else names[1:]
         files = "\n".join([*names[:1], *more]) or "none: generated"

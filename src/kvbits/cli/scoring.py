@@ -10,7 +10,7 @@ from kvbits.cli.models import load_config, load_model
 from kvbits.cli.output import progress_bars
 from kvbits.evaluation.benchmarks import Benchmark
 from kvbits.evaluation.benchmarks.execution import DockerExecutor
-from kvbits.evaluation.benchmarks.running import RunSettings, make_items
+from kvbits.evaluation.benchmarks.running import RunSettings, make_items, make_prompter
 from kvbits.evaluation.benchmarks.scored import scored
 from kvbits.evaluation.benchmarks.source import open_source
 
@@ -52,6 +52,8 @@ class Scoring:
                 "run here"
             )
         self.execute = None if execute_in is None else DockerExecutor(execute_in)
+        if self.execute is not None:
+            self.execute.check()
         self.benchmark, self.settings, self.output = benchmark, settings, output
         self.source, self.execute_in = open_source(data), execute_in
 
@@ -72,6 +74,7 @@ class Scoring:
         """
         plan = choose(load_config(model))
         loaded = load_model(model, device, dtype)
+        make_prompter(loaded.model, loaded.tokenizer, self.settings)  # refuses before data is read
         items = make_items(self.benchmark, self.source, loaded.tokenizer, self.settings)
         with progress_bars() as bars:
             bar = bars.add_task(self.benchmark.name, total=len(items))

@@ -1,4 +1,4 @@
-"""The folder of a run of lm-evaluation-harness: resumable task by task, and never of two runs.
+"""The folder of a run of benchmarks: resumable, and never of two runs.
 
 ``run.json`` says what was run; ``TASK.samples.jsonl`` holds every example of a task, and
 ``TASK.results.json`` the harness's own results, written last.
@@ -94,7 +94,9 @@ def run_samples(folder: Path) -> list[Sample]:
         RecordError: If there is no run, or it has no finished task.
     """
     if not (folder / RUN).is_file():
-        raise RecordError(f"the folder must be an --output of kvbits eval, got {str(folder)!r}")
+        raise RecordError(
+            f"the folder must be an --output of kvbits eval or score, got {str(folder)!r}"
+        )
     done = sorted(folder.glob(f"*{RESULTS}"))
     if not done:
         raise RecordError(f"the run must have a finished task, got none in {str(folder)!r}")

@@ -37,6 +37,15 @@ class DockerExecutor:
             )
         self.image = match[1]
 
+    def check(self) -> None:
+        """Run a program that does nothing.
+
+        Raises:
+            ValueError: If that fails.
+        """
+        if not self("pass"):
+            raise ValueError(f"--execute-in must be an image that runs python, got {self.image}")
+
     @property
     def command(self) -> list[str]:
         """What runs a program given on standard input."""

@@ -59,10 +59,9 @@ def normalized(text: str) -> str:
     text = (
         text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
     )
-    text = text.replace("\\{", "{").replace("\\}", "}") if text.startswith("\\{") else text
     for piece in _DROPPED:
         text = text.replace(piece, " " if piece in ("~", "\\ ") else "")
-    text = _WORDS.sub(r"\1", text)
+    text = _WORDS.sub(r"\1", text.replace("\\{", "{").replace("\\}", "}"))
     text = _UNIT.sub("", text)
     text = _EQUATION.sub("", text.strip())
     text = re.sub(r"\\frac\s+", r"\\frac", text)

@@ -79,17 +79,19 @@ class Ruler(Generated):
     origin: ClassVar = "arXiv 2404.06654; prompts, prose and facts of our own"
 
     lengths: Lengths = (4096,)
-    tasks: Names = tuple(RULER)
+    tasks: Names = ("all",)
 
     @field_validator("tasks")
     @classmethod
     def _check_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         for name in tasks:
-            ruler_task(name)
+            if name != "all":
+                ruler_task(name)
         return tasks
 
     def parts(self, count_tokens: CountTokens) -> Iterator[Part]:
+        names = tuple(RULER) if "all" in self.tasks else self.tasks
         for length in self.lengths:
-            for name in self.tasks:
+            for name in names:
                 task = ruler_task(name, length=length, count_tokens=count_tokens)
                 yield Part(task, name, f"{length} tokens")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+from pydantic import model_validator
+
 from kvbits.evaluation.benchmarks.base import (
     Benchmark,
     Item,
@@ -15,22 +17,28 @@ from kvbits.evaluation.benchmarks.base import (
     Setup,
     no_shots,
 )
-from kvbits.evaluation.benchmarks.source import DataFile, Row
+from kvbits.evaluation.benchmarks.source import DataFile, Hub, Row
 from kvbits.evaluation.likelihood import Likelihood
 from kvbits.evaluation.samples import Sample
 
 
 class LambadaRow(Row):
-    """A passage without its last word, and that word."""
+    """A passage without its last word, and that word; or both as ``text``."""
 
     context: str
     target: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("text"), str):
+            context, _, target = value["text"].rpartition(" ")
+            return {"context": context, "target": target}
+        return value
+
 
 FILE = DataFile(
-    "lambada_test.jsonl",
-    LambadaRow,
-    origin="EleutherAI/lambada_openai on the Hugging Face hub, split test, its last word apart",
+    "lambada_test.jsonl", LambadaRow, Hub("EleutherAI/lambada_openai", "test", "default")
 )
 
 

@@ -67,7 +67,7 @@ class Prompter:
         if not prompt.may_cut:
             raise ValueError(
                 f"a prompt must have at most {room} tokens to leave {reserve} for the answer, got "
-                f"{len(ids)}; use fewer --shots or a model with a longer context"
+                f"{len(ids)}; use fewer --shots, shorter answers or a model with a longer context"
             )
         return self._cut(prompt, room, len(ids))
 
@@ -131,7 +131,7 @@ class Prompter:
         limits = [self.max_length] if self.max_length is not None else []
         if self.context_length is not None:
             limits.append(self.context_length - reserve)
-        return min(limits, default=None)
+        return max(0, min(limits)) if limits else None
 
     def _cut(self, prompt: Prompt, room: int, length: int) -> list[int]:
         """Leave out the middle of the question until everything fits."""

@@ -162,7 +162,7 @@ class HubSource(Source):
             ) from None
         try:
             found: Any = load_dataset(file.hub.path, file.hub.config, split=file.hub.split)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(
                 f"{file.hub} must be reachable without --data, got {reason}; or {remedy}"
