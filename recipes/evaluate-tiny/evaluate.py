@@ -23,7 +23,7 @@ from kvbits.cli.models import load_model
 from kvbits.evaluation.benchmarks import Benchmark, build_benchmark
 from kvbits.evaluation.benchmarks.running import RunSettings, make_items
 from kvbits.evaluation.benchmarks.scored import scored
-from kvbits.evaluation.benchmarks.source import open_source
+from kvbits.evaluation.benchmarks.source import Source, open_source
 from kvbits.evaluation.corpora import default_sets
 from kvbits.evaluation.records import read_records
 from kvbits.methods import build_method
@@ -154,13 +154,14 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load_model(str(arguments.model), arguments.device, arguments.dtype)
     sets = default_sets(loaded.tokenizer, "calibration")
     documents = [document for each in sets for document in each.documents]
-    source = open_source(arguments.data)
     items: dict[str, Any] = {}
+    sources: dict[str, Source] = {}  # one each: a run records the files it read itself
     for number, (name, (benchmark, limit)) in enumerate(todo):
         if time.monotonic() > stop:
             return len(todo) - number
         settings = RunSettings(limit=limit, batch_size=arguments.batch_size)
         if benchmark.name not in items:
+            source = sources[benchmark.name] = open_source(arguments.data)
             items[benchmark.name] = make_items(benchmark, source, loaded.tokenizer, settings)
         folder = arguments.out / slug(name)
         started = time.monotonic()
@@ -172,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
             loaded.tokenizer,
             plan,
             settings,
-            source,
+            sources[benchmark.name],
             facts={"model": arguments.model.name, "plan_name": name},
             folder=folder / benchmark.name,
         )

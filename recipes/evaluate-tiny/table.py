@@ -28,14 +28,13 @@ class Cell(NamedTuple):
 
     Attributes:
         value: Percent right, or the perplexity.
-        low: 95 % interval of the difference from 16 bits, in points; of the perplexity in percent.
-        high: Its other end.
+        interval: 95 % interval of the difference from 16 bits, in points; of the perplexity in
+            percent; None for a single window.
         n: Examples.
     """
 
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
     n: int
 
 
@@ -92,10 +91,10 @@ def _cell(samples: list[Sample], full: list[Sample]) -> Cell:
         counts = [sample.weights[metric] for sample in samples]
         mean = sum(x * n for x, n in zip(new, counts, strict=True)) / sum(counts)
         _, low, high = paired_mean_difference(old, new, counts)  # of the loss
-        change = [100 * (math.exp(end) - 1) for end in (low, high)]
-        return Cell(math.exp(-mean), *change, len(samples))
+        change = (100 * math.expm1(low), 100 * math.expm1(high))
+        return Cell(math.exp(-mean), None if math.isnan(low) else change, len(samples))
     _, low, high = paired_difference([x == 1 for x in new], [x == 1 for x in old])
-    return Cell(100 * sum(new) / len(new), 100 * low, 100 * high, len(samples))
+    return Cell(100 * sum(new) / len(new), (100 * low, 100 * high), len(samples))
 
 
 def markdown(found: list[Row]) -> str:
@@ -129,7 +128,9 @@ def _text(cell: Cell | None, is_full: bool) -> str:
     if cell is None:
         return "–"
     value = f"{cell.value:.2f}" if cell.value < 1000 else f"{cell.value:.0f}"
-    return value if is_full else f"{value} [{cell.low:+.1f}, {cell.high:+.1f}]"
+    if is_full or cell.interval is None:
+        return value
+    return "{} [{:+.1f}, {:+.1f}]".format(value, *cell.interval)
 
 
 def summary(found: list[Row]) -> list[dict[str, Any]]:

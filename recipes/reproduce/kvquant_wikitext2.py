@@ -36,7 +36,7 @@ SAMPLES, SAMPLE_TOKENS = 16, 2048
 
 def calibration(recipe: Recipe) -> list[Tensor]:
     """16 windows at random places of the joined training split, drawn as KVQuant draws them."""
-    texts = [row.text for row in recipe.source.read(TRAIN)]
+    texts = [row.text for row in recipe.source().read(TRAIN)]
     ids = joined_ids(recipe.tokenizer, texts)
     samples, tokens = (2, 256) if recipe.arguments.dry_run else (SAMPLES, SAMPLE_TOKENS)
     rng = random.Random(0)

@@ -130,12 +130,11 @@ class Recipe:
         load: Callable[[argparse.Namespace], tuple[Any, Any]] | None = None,
     ) -> None:
         self.published, self.arguments = read_published(name), arguments
-        self.entry = self.published.model(arguments.as_id or arguments.model)
-        self.name = name
+        self.entry, self.name = self.published.model(arguments.as_id or arguments.model), name
         if arguments.dry_run:
             self.model, self.tokenizer = _tiny(self.entry)
             self.limit: int | None = arguments.limit or 1
-            data = arguments.out / "data"
+            data = arguments.out / self.name / "data"
             data.mkdir(parents=True, exist_ok=True)
             if write_data is not None:
                 write_data(data)
@@ -143,7 +142,7 @@ class Recipe:
             self._check(arguments.model)
             self.model, self.tokenizer = (load or _load)(arguments)
             self.limit, data = arguments.limit, arguments.data
-        self.source: Source = open_source(data)
+        self.data: Path | None = data
         self.rows = [row for row in self.entry.rows if re.search(arguments.only, row["config"])]
         chosen = arguments.columns.split(",") if arguments.columns else self.published.columns
         self.columns = [name for name in self.published.columns if name in chosen]
@@ -156,6 +155,10 @@ class Recipe:
             raise SystemExit(
                 f"MODEL must have {self.entry.layers} layers as {self.entry.id}, got {layers}"
             )
+
+    def source(self) -> Source:
+        """A new reader of the data: a run records what it read itself, and nothing else."""
+        return open_source(self.data)
 
     def plan(
         self, row: dict[str, Any], documents: Callable[[], list[Tensor]] = list
@@ -188,7 +191,8 @@ class Recipe:
         """
         column = settings.pop("column")
         run = RunSettings(limit=self.limit, batch_size=self.arguments.batch_size, **settings)
-        items = make_items(benchmark, self.source, self.tokenizer, run)
+        source = self.source()
+        items = make_items(benchmark, source, self.tokenizer, run)
         return scored(
             benchmark,
             items,
@@ -196,7 +200,7 @@ class Recipe:
             self.tokenizer,
             plan,
             run,
-            self.source,
+            source,
             facts={"model": self.entry.id, "is_dry_run": self.arguments.dry_run},
             folder=self.folder(row) / column,
         )
@@ -239,9 +243,7 @@ class Recipe:
         Raises:
             SystemExit: If the two differ.
         """
-        if plan is None:
-            sizes = CachePlan.uniform(self.model.config, 16, 16)
-            return sizes.bytes_16bit(BYTES_CONTEXT)
+        plan = plan or CachePlan.uniform(self.model.config, 16, 16)
         bits = 8 * self.model.dtype.itemsize
         formula = plan.bytes(BYTES_CONTEXT, state_bits=bits)
         if self.arguments.dry_run:

@@ -138,6 +138,6 @@ def test_c4_counts_as_many_windows_as_asked(data, tiny):
 
 def test_a_missing_raw_file_says_that_it_is_plain_text(tmp_path, tiny):
     with pytest.raises(
-        ValueError, match=r"must hold wikitext2_test.raw, .* as plain text, one row"
+        ValueError, match=r"must hold wikitext2_test.raw, .* as plain text with one row"
     ):
         score("wikitext2", FolderSource(tmp_path), tiny)

@@ -35,7 +35,7 @@ class LineFile(DataFile[TextRow]):
 
     @property
     def form(self) -> str:
-        return "plain text, one row a line"
+        return "plain text with one row a line"
 
     def objects(self, data: bytes, path: Path) -> list[dict[str, Any]]:
         lines = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
