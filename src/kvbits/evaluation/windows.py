@@ -87,7 +87,7 @@ def cut_windows(
     starts = range(0, len(ids) - window + 1, step)
     if not starts:
         raise CalibrationError(f"text must have at least {window} tokens, got {len(ids)}")
-    made = []
+    made: list[tuple[Segment, ...]] = []
     for start in starts:
         context = 1 if start == 0 or step == window else window - step
         tokens = list(ids[start : start + window])

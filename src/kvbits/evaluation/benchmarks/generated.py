@@ -71,17 +71,12 @@ class Generated(Benchmark):
 
     @abstractmethod
     def parts(self, count_tokens: CountTokens) -> Iterable[Part]:
-        """Kinds of problems; ``count_tokens`` counts a text's tokens as a document's."""
+        """Kinds of problems; ``count_tokens`` counts a text's tokens, without special ones."""
 
     def items(self, setup: Setup) -> Iterator[Item]:
         no_shots(self, setup)
         number = 0
-        has_bos = setup.tokenizer.bos_token_id is not None
-
-        def count_tokens(text: str) -> int:
-            return setup.count_tokens(text) + has_bos
-
-        for part in self.parts(count_tokens):
+        for part in self.parts(setup.count_tokens):
             for example in part.task.generate(self.n, seed=setup.seed, split="test"):
                 yield _item(number, part, example)
                 number += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, field_validator
 
@@ -16,10 +16,15 @@ from kvbits.evaluation.benchmarks.generated import (
     Part,
     cell,
 )
-from kvbits.evaluation.tasks import Passkey
+from kvbits.evaluation.tasks import Passkey, Templates
 from kvbits.evaluation.tasks.ruler import RULER, Needle, ruler_task
 
 LONGEST_SENTENCE = 40  # tokens by which the prose of a pass key may pass its length
+
+
+def _with_bos(count_tokens: CountTokens) -> CountTokens:
+    """Count the token that may lead a document, too."""
+    return lambda text: count_tokens(text) + 1
 
 
 class Grid(Generated):
@@ -47,15 +52,17 @@ class PasskeyGrid(Grid):
     description: ClassVar = "a number hidden in prose, by length and depth"
     origin: ClassVar = "arXiv 2305.16300; prose and wording of our own"
 
-    templates: str = Field(default="seen", pattern="seen|heldout")
+    templates: Templates = "seen"
 
     def parts(self, count_tokens: CountTokens) -> Iterator[Part]:
         for length, depth, name in self.cells():
-            room = length - Passkey.max_new_tokens - LONGEST_SENTENCE
-            settings: dict[str, Any] = {"depth": depth, "templates": self.templates}
-            yield Part(
-                Passkey(length=room, count_tokens=count_tokens, **settings), "passkey", name
+            task = Passkey(
+                length=length - Passkey.max_new_tokens - LONGEST_SENTENCE,
+                count_tokens=count_tokens,
+                depth=depth,
+                templates=self.templates,
             )
+            yield Part(task, "passkey", name)
 
 
 class NeedleGrid(Grid):
@@ -67,7 +74,8 @@ class NeedleGrid(Grid):
 
     def parts(self, count_tokens: CountTokens) -> Iterator[Part]:
         for length, depth, name in self.cells():
-            task = Needle(name="needle", length=length, depth=depth, count_tokens=count_tokens)
+            count = _with_bos(count_tokens)
+            task = Needle(name="needle", length=length, depth=depth, count_tokens=count)
             yield Part(task, "needle", name)
 
 
@@ -93,5 +101,5 @@ class Ruler(Generated):
         names = tuple(RULER) if "all" in self.tasks else self.tasks
         for length in self.lengths:
             for name in names:
-                task = ruler_task(name, length=length, count_tokens=count_tokens)
+                task = ruler_task(name, length=length, count_tokens=_with_bos(count_tokens))
                 yield Part(task, name, f"{length} tokens")
