@@ -161,8 +161,14 @@ def test_options_are_those_of_the_modes_and_methods(tiny_model_dir, tmp_path):
     ("wanted", "message"),
     [
         (Wanted(plan=Path("x"), key_bits=4), "--plan must be given alone, got --key-bits with it"),
-        (Wanted(key_bits=4), "--value-bits must be given with the others, got none"),
-        (Wanted(residual_length=4), "--key-bits must be given with the others, got none"),
+        (
+            Wanted(key_bits=4),
+            "must be given together, got no --value-bits",
+        ),
+        (
+            Wanted(residual_length=4),
+            "must be given together, got no --key-bits",
+        ),
         (
             Wanted(method="kivi", per_channel_keys=True),
             "--per-channel-keys or --per-token must be given without --method, got 'kivi' too",

@@ -62,12 +62,15 @@ def evaluate(
 
     Without --task, --text, --data and --dataset: forward KL on the default held-out sets.
     """
-    from kvbits.cli.measuring import Measuring, choose_plan, choose_tasks
+    from kvbits.cli.measuring import Measuring, choose_tasks
     from kvbits.cli.models import load_config, load_model
+    from kvbits.cli.plans import Wanted, choose
 
     names = [name for item in task or [] for name in item.split(",")]
     tasks = choose_tasks(names)
-    chosen = choose_plan(load_config(model), plan, key_bits, value_bits, mode.value)
+    per_channel = True if mode is Mode.KIVI and key_bits is not None else None
+    wanted = Wanted(plan, None, key_bits, value_bits, per_channel_keys=per_channel)
+    chosen = choose(load_config(model), wanted)
     sources: list[Path | str] = [*(text or []), *(dataset or [])]
     if data is not None:
         sources += text_files(data)

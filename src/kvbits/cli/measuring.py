@@ -44,28 +44,6 @@ def choose_tasks(names: Iterable[str]) -> list[Task]:
     return chosen
 
 
-def choose_plan(
-    config: Any, path: Path | None, key_bits: int | None, value_bits: int | None, mode: Any
-) -> CachePlan | None:
-    """Return the plan asked for; None is full precision.
-
-    Raises:
-        ValueError: the options contradict each other.
-        PlanError: the plan does not fit the model.
-    """
-    if path is not None:
-        if key_bits is not None or value_bits is not None:
-            raise ValueError("--plan must be given without --key-bits and --value-bits, got both")
-        plan = CachePlan.load(path)
-        plan.check(config)
-        return plan
-    if key_bits is None and value_bits is None:
-        return None
-    if key_bits is None or value_bits is None:
-        raise ValueError("--key-bits and --value-bits must be given together, got one of them")
-    return CachePlan.uniform(config, key_bits, value_bits, mode=mode)
-
-
 class Measuring:
     """A loaded model and a plan, and what was measured so far.
 

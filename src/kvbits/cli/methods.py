@@ -114,16 +114,16 @@ def _calibrated(
     )
 
 
-def settings_of(texts: list[str] | None) -> dict[str, Any]:
-    """Read the values of ``--set``."""
-    return dict(map(_setting, texts or ()))
+def settings_of(texts: list[str] | None, flag: str = "--set") -> dict[str, Any]:
+    """Read the values of an option that takes ``NAME=VALUE``."""
+    return dict(_setting(text, flag) for text in texts or ())
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _setting(text: str, flag: str) -> tuple[str, Any]:
     """Read ``name=value``; the value as JSON where it is some, else as text."""
     name, separator, value = text.partition("=")
     if not separator or not name:
-        raise ValueError(f"--set must be name=value, got {text!r}")
+        raise ValueError(f"{flag} must be name=value, got {text!r}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

@@ -98,7 +98,8 @@ def _uniform(config: Any, given: dict[str, Any]) -> CachePlan:
     try:
         key_bits, value_bits = given.pop("key_bits"), given.pop("value_bits")
     except KeyError as error:
-        missing = FLAGS[error.args[0]]
-        raise ValueError(f"{missing} must be given with the others, got none") from None
+        raise ValueError(
+            f"--key-bits and --value-bits must be given together, got no {FLAGS[error.args[0]]}"
+        ) from None
     mode: Mode = "kivi" if given.pop("per_channel_keys", False) else "per_token"
     return CachePlan.uniform(config, key_bits, value_bits, mode=mode, **given)

@@ -56,6 +56,10 @@ def score(
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Wrap prompts as the tokenizer says.")
     ] = False,
+    chat_set: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the template, such as enable_thinking=false."),
+    ] = None,
     multi_turn: Annotated[
         bool, typer.Option("--multi-turn", help="Examples as turns of the chat.")
     ] = False,
@@ -109,6 +113,7 @@ def score(
     settings = RunSettings(
         shots=built.default_shots if shots is None else shots,
         chat_template=chat_template,
+        chat_settings=settings_of(chat_set, "--chat-set"),
         multi_turn=multi_turn,
         limit=limit,
         batch_size=batch_size,

@@ -61,7 +61,13 @@ CHOICES = [
     {"question": "Two plus two?", "subject": subject, "choices": ["1", "4", "3", "5"], "answer": 1}
     for subject in ("abstract_algebra", "philosophy", "astronomy")
 ]
-LONG = {"input": "Who?", "context": "Ann lives here.", "answers": ["Ann"], "length": 4}
+LONG = {
+    "input": "Who?",
+    "context": "Ann lives here.",
+    "answers": ["Ann"],
+    "length": 4,
+    "all_classes": ["Ann", "Bob"],
+}
 FUNCTIONS = [
     {
         "task_id": "Own/0",

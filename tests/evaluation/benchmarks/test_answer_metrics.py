@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from kvbits.errors import MissingLibraryError
-from kvbits.evaluation.benchmarks.answers import after_last, first_code, last_boxed, numbers
+from kvbits.evaluation.benchmarks.answers import after_last, code_blocks, last_boxed, numbers
 from kvbits.evaluation.benchmarks.formulas import is_same, normalized
 from kvbits.evaluation.benchmarks.labels import (
     class_score,
@@ -204,7 +204,7 @@ def test_every_formula_is_the_same_as_itself_normalized():
 
 
 def test_code_and_marks():
-    assert first_code("no code") is None
-    assert first_code("```\nx\n") == "x\n"
+    assert code_blocks("no code") == []
+    assert code_blocks("```\nx\n```\nor\n```py\ny\n") == ["x\n", "y\n"]
     assert after_last("a: 1 a: 2", "a:") == " 2"
     assert after_last("a", "b") is None

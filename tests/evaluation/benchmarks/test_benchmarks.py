@@ -232,6 +232,18 @@ def test_longbench_scores_the_first_line_of_few_shot_answers(make_items):
     assert found == pytest.approx(2 * (1 / 5) / (1 / 5 + 1))  # precision 1/5, recall 1
 
 
+@pytest.mark.parametrize("name", datasets())
+def test_longbench_scores_every_dataset_by_its_metric(name, make_items):
+    if datasets()[name].metric.startswith("chinese"):
+        pytest.importorskip("jieba")
+    (item,) = make_items("longbench", datasets=name)
+    benchmark = build_benchmark("longbench")
+    right = benchmark.score(item, item.references[0]).metrics["score"]
+    assert right == pytest.approx(1.0, abs=1e-7)  # ROUGE's own epsilon
+    assert benchmark.score(item, "xyz 99").metrics["score"] == 0.0
+    assert benchmark.score(item, "").metrics["score"] == 0.0
+
+
 def test_longbench_takes_the_best_reference_and_braces_in_contexts(tmp_path, make_items):
     row = {"input": "{x}", "context": "a {context} b", "answers": ["no", "Ann"], "length": 9000}
     write_files(tmp_path, {"longbench/lcc_e.jsonl": [row | {"answers": ["x = 1"]}]})
@@ -261,7 +273,9 @@ def test_longbench_averages_datasets_not_items():
 
 def test_humaneval_program_runs_the_test_on_the_completion(make_items):
     benchmark, item = build_benchmark("humaneval"), make_items("humaneval")[0]
-    for text in ("    return 2 * x\n", "```python\ndef double(x):\n    return x + x\n```\nDone."):
+    block = "```python\ndef double(x):\n    return x + x\n```"
+    draft, use = block.replace("x + x", "x"), "```python\nprint(double(2))\n```"
+    for text in ("    return 2 * x\n", f"{block}\nDone.", f"{draft}\nNo:\n{block}\n{use}"):
         program = benchmark.program(item, text)
         exec(compile(program, "own", "exec"), {})  # texts of this test, not of a model
     wrong = benchmark.program(item, "    return 3 * x\n")
@@ -286,7 +300,7 @@ def test_livecodebench_chooses_by_date_and_writes_code(make_items):
     assert "class Solution" in items[0].request.prompt.question
     benchmark = build_benchmark("livecodebench")
     assert not benchmark.has_programs
-    found = benchmark.submission(items[0], "So:\n```python\nprint(1)\n```")
+    found = benchmark.submission(items[0], "```\ndraft\n```\nSo:\n```python\nprint(1)\n```")
     assert found == {"question_id": "2", "code_list": ["print(1)\n"]}
 
 

@@ -56,11 +56,22 @@ def test_plain_prompts_are_never_wrapped_and_answers_can_be_led(chat):
     assert Prompter(tokenizer=chat).text(Prompt("x", lead=" Sure:")) == "x Sure:"
 
 
+def test_the_template_is_told_what_the_user_says(chat):
+    chat.chat_template += "{% if not enable_thinking %}[quiet]{% endif %}"
+    for value, end in ((True, "[assistant]"), (False, "[assistant][quiet]")):
+        prompter = Prompter(
+            tokenizer=chat, chat_template=True, chat_settings={"enable_thinking": value}
+        )
+        assert prompter.text(Prompt("x")).endswith(end)
+
+
 def test_templates_are_refused_where_they_cannot_be(tokenizer, chat):
     with pytest.raises(ValueError, match="--chat-template must be given for a tokenizer that has"):
         Prompter(tokenizer=tokenizer, chat_template=True)
     with pytest.raises(ValueError, match="--multi-turn must be given with --chat-template"):
         Prompter(tokenizer=chat, multi_turn=True)
+    with pytest.raises(ValueError, match="--chat-set must be given with --chat-template"):
+        Prompter(tokenizer=chat, chat_settings={"enable_thinking": False})
 
 
 @pytest.mark.parametrize("is_chat", [False, True])

@@ -99,7 +99,7 @@ def test_without_a_folder_the_hub_is_asked_by_name(monkeypatch):
 def test_the_hub_fails_with_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        ValueError, match=r"pip install datasets, or put pairs.jsonl into a folder"
+        ValueError, match=r"pip install 'kvbits\[data\]', or put pairs.jsonl into a folder"
     ):
         HubSource().read(FILE)
     with pytest.raises(ValueError, match=r"x.jsonl must be read from a folder, got no --data"):

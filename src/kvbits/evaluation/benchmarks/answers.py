@@ -52,14 +52,13 @@ def _braced(text: str, start: int) -> str | None:
     return None
 
 
-def first_code(text: str) -> str | None:
-    """The first fenced block of code; one that is never closed ends with the text.
+def code_blocks(text: str) -> list[str]:
+    """The fenced blocks of code in order; one that is never closed ends with the text.
 
-    >>> first_code("Here:\\n```python\\nx = 1\\n```\\nDone.")
-    'x = 1\\n'
+    >>> code_blocks("Here:\\n```python\\nx = 1\\n```\\nDone.")
+    ['x = 1\\n']
     """
-    match = _CODE.search(text)
-    return match[1] if match else None
+    return [match[1] for match in _CODE.finditer(text)]
 
 
 def after_last(text: str, *marks: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from kvbits.evaluation.benchmarks.answers import first_code
+from kvbits.evaluation.benchmarks.answers import code_blocks
 from kvbits.evaluation.benchmarks.base import (
     Benchmark,
     Generate,
@@ -72,12 +72,15 @@ class HumanEval(Benchmark):
 
 
 def completion(item: Item, text: str) -> str:
-    """What follows the head of the function; a block of code that repeats it defines it again."""
-    code = first_code(text)
-    if code is None:
+    """What follows the head of the function.
+
+    Of fenced blocks, the last one that defines the function defines it again; else it is the last.
+    """
+    blocks = code_blocks(text)
+    if not blocks:
         return text
-    is_whole = f"def {item.doc['entry_point']}" in code
-    return f"    pass\n\n\n{code}" if is_whole else code
+    whole = [code for code in blocks if f"def {item.doc['entry_point']}" in code]
+    return f"    pass\n\n\n{whole[-1]}" if whole else blocks[-1]
 
 
 def _asked(head: str) -> str:

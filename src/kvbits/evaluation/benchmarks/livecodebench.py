@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from kvbits.evaluation.benchmarks.answers import first_code
+from kvbits.evaluation.benchmarks.answers import code_blocks
 from kvbits.evaluation.benchmarks.base import (
     Benchmark,
     Generate,
@@ -75,10 +75,10 @@ class LiveCodeBench(Benchmark):
         return Scores({})
 
     def submission(self, item: Item, text: str) -> dict[str, Any]:
-        code = first_code(text)
+        blocks = code_blocks(text)  # the last, as its own evaluator reads answers
         return {
             "question_id": item.doc["question_id"],
-            "code_list": [text if code is None else code],
+            "code_list": [blocks[-1] if blocks else text],
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ class Prompter:
     Args:
         tokenizer: A Hugging Face tokenizer.
         chat_template: Wrap prompts in the tokenizer's chat template.
+        chat_settings: What to tell the template, such as ``enable_thinking``.
         multi_turn: Few-shot examples as turns of the chat instead of text in one turn.
         context_length: Tokens that prompt and answer may have together.
         max_length: Tokens of a prompt at most, if fewer than that leaves.
@@ -27,13 +29,15 @@ class Prompter:
 
     tokenizer: Any = field(repr=False)
     chat_template: bool = False
+    chat_settings: Mapping[str, Any] = field(default_factory=dict)
     multi_turn: bool = False
     context_length: int | None = None
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.multi_turn and not self.chat_template:
-            raise ValueError("--multi-turn must be given with --chat-template, got it alone")
+        for flag, value in (("multi-turn", self.multi_turn), ("chat-set", self.chat_settings)):
+            if value and not self.chat_template:
+                raise ValueError(f"--{flag} must be given with --chat-template, got it alone")
         if self.chat_template and not self.tokenizer.chat_template:
             raise ValueError(
                 "--chat-template must be given for a tokenizer that has one, got one without; "
@@ -46,7 +50,10 @@ class Prompter:
             system = prompt.system + prompt.separator if prompt.system else ""
             return system + _one_text(prompt) + prompt.lead
         rendered: str = self.tokenizer.apply_chat_template(
-            self._messages(prompt), tokenize=False, add_generation_prompt=True
+            self._messages(prompt),
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.chat_settings,
         )
         return rendered + prompt.lead.lstrip()
 

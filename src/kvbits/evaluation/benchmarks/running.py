@@ -6,30 +6,30 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvbits.evaluation.benchmarks.answering import Engine
 from kvbits.evaluation.benchmarks.base import (
     Benchmark,
-    Generate,
     Item,
     Response,
     Setup,
 )
 from kvbits.evaluation.benchmarks.prompts import Prompter, kind_of, size_of
 from kvbits.evaluation.benchmarks.source import Source
-from kvbits.evaluation.generating import complete, own_defaults
+from kvbits.evaluation.generating import own_defaults
+from kvbits.evaluation.harness_run import RESULTS, SAMPLES
 from kvbits.evaluation.jsonl import append_json_line
-from kvbits.evaluation.likelihood import likelihoods
 from kvbits.evaluation.samples import Sample, read_samples, write_samples
-from kvbits.evaluation.stream import attention_for, cache_nbytes, new_cache
+from kvbits.plan.files import write_text
 
 if TYPE_CHECKING:
     from kvbits.plan import CachePlan
 
-PARTIAL = ".partial.jsonl"
+PARTIAL, ANSWERS = ".partial.jsonl", ".answers.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class RunSettings:
     Args:
         shots: Examples before each question.
         chat_template: Wrap prompts as the tokenizer says.
+        chat_settings: What to tell the template, such as ``enable_thinking``.
         multi_turn: With a chat template, examples as turns.
         limit: Items of each group at most; None is all.
         batch_size: Items answered at once.
@@ -52,6 +53,7 @@ class RunSettings:
 
     shots: int = 0
     chat_template: bool = False
+    chat_settings: Mapping[str, Any] = field(default_factory=dict)
     multi_turn: bool = False
     limit: int | None = None
     batch_size: int = 8
@@ -139,7 +141,7 @@ def run_benchmark(
     prompter = make_prompter(model, tokenizer, settings)
     partial = None if folder is None else folder / f"{benchmark.name}{PARTIAL}"
     samples = _read_partial(partial)
-    engine = _Engine(model, tokenizer, plan, prompter, settings.quantize_prefill)
+    engine = Engine(model, tokenizer, plan, prompter, settings.quantize_prefill)
     with own_defaults(model):
         for batch in _batches(items, settings.batch_size):
             missing = [item for item in batch if item.doc_id not in samples]
@@ -160,13 +162,24 @@ def run_benchmark(
     return Outcome(ordered, submissions, engine.cache_bytes, time.perf_counter() - started)
 
 
-def finish(folder: Path, benchmark: Benchmark, outcome: Outcome) -> None:
-    """Keep the samples of a finished run in their place."""
-    write_samples(folder / f"{benchmark.name}.samples.jsonl", outcome.samples)
+def finish(
+    folder: Path, benchmark: Benchmark, outcome: Outcome, results: Mapping[str, Any]
+) -> None:
+    """Keep what a run found; the results, which say that it is whole, are written last.
+
+    Args:
+        folder: Folder of the run.
+        benchmark: The benchmark.
+        outcome: What was found.
+        results: What ``results.results`` made of it.
+    """
+    name = benchmark.name
+    write_samples(folder / f"{name}{SAMPLES}", outcome.samples)
     if outcome.submissions:
-        path = folder / f"{benchmark.name}.answers.jsonl"
-        path.write_text("".join(f"{json.dumps(each)}\n" for each in outcome.submissions))
-    (folder / f"{benchmark.name}{PARTIAL}").unlink(missing_ok=True)
+        lines = "".join(f"{json.dumps(each)}\n" for each in outcome.submissions)
+        write_text(folder / f"{name}{ANSWERS}", lines)
+    write_text(folder / f"{name}{RESULTS}", json.dumps(results, indent=2) + "\n")
+    (folder / f"{name}{PARTIAL}").unlink(missing_ok=True)
 
 
 def make_prompter(model: Any, tokenizer: Any, settings: RunSettings) -> Prompter:
@@ -175,48 +188,11 @@ def make_prompter(model: Any, tokenizer: Any, settings: RunSettings) -> Prompter
     return Prompter(
         tokenizer=tokenizer,
         chat_template=settings.chat_template,
+        chat_settings=settings.chat_settings,
         multi_turn=settings.multi_turn,
         context_length=longest,
         max_length=settings.max_length,
     )
-
-
-class _Engine:
-    """Answers batches, each on a new cache."""
-
-    def __init__(
-        self, model: Any, tokenizer: Any, plan: Any, prompter: Prompter, quantize_prefill: bool
-    ) -> None:
-        self.model, self.tokenizer, self.plan = model, tokenizer, plan
-        self.prompter, self.quantize_prefill = prompter, quantize_prefill
-        self.cache_bytes = 0
-
-    def answer(self, batch: Sequence[Item]) -> list[Response]:
-        asked = [item.request for item in batch]
-        generates = [request for request in asked if isinstance(request, Generate)]
-        if generates:  # then all are; batches are of one kind
-            return [*self._texts(generates)]
-        documents = [
-            self.prompter.documents(request)
-            for request in asked
-            if not isinstance(request, Generate)
-        ]
-        flat = [document for each in documents for document in each]
-        found, nbytes = likelihoods(self.model, self.tokenizer, flat, self.plan)
-        self.cache_bytes = max(self.cache_bytes, nbytes)
-        parts = iter(found)
-        return [tuple(next(parts) for _ in each) for each in documents]
-
-    def _texts(self, requests: Sequence[Generate]) -> list[str]:
-        most, stop = requests[0].max_new_tokens, requests[0].stop
-        prompts = [self.prompter.ids(request.prompt, most) for request in requests]
-        cache = new_cache(self.model, self.plan, quantize_prefill=self.quantize_prefill)
-        with attention_for(self.model, self.plan):
-            texts = complete(
-                self.model, self.tokenizer, prompts, cache, max_new_tokens=most, stop=stop
-            )
-        self.cache_bytes = max(self.cache_bytes, cache_nbytes(cache))
-        return [_before(text, stop) for text in texts]
 
 
 def _judged(
@@ -267,13 +243,6 @@ def _batches(items: Sequence[Item], batch_size: int) -> Iterable[list[Item]]:
 def _read_partial(path: Path | None) -> dict[int, Sample]:
     found = [] if path is None or not path.exists() else read_samples(path)
     return {sample.doc_id: sample for sample in found}
-
-
-def _before(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of the stop strings."""
-    for each in stop:
-        text = text.partition(each)[0]
-    return text
 
 
 def settings_of(benchmark: Benchmark, settings: RunSettings, source: Source) -> dict[str, Any]:

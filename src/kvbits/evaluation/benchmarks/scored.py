@@ -13,7 +13,6 @@ from kvbits.evaluation.benchmarks.running import RunSettings, finish, run_benchm
 from kvbits.evaluation.benchmarks.source import Source
 from kvbits.evaluation.harness_run import RESULTS, identity, open_run, read_object
 from kvbits.evaluation.records import library_versions
-from kvbits.plan.files import write_text
 
 if TYPE_CHECKING:
     from kvbits.plan import CachePlan
@@ -54,9 +53,9 @@ def scored(
     place = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
     asked = settings_of(benchmark, settings, source) | dict(facts)
     manifest = identity(plan, asked, library_versions() | place)
-    done = None if folder is None else folder / f"{benchmark.name}{RESULTS}"
-    if folder is not None and done is not None:
+    if folder is not None:
         open_run(folder, manifest)
+        done = folder / f"{benchmark.name}{RESULTS}"
         if done.exists():
             return read_object(done)
     outcome = run_benchmark(
@@ -71,7 +70,6 @@ def scored(
         progress=progress,
     )
     found: dict[str, Any] = json.loads(json.dumps(results(benchmark, outcome, manifest)))
-    if folder is not None and done is not None:
-        finish(folder, benchmark, outcome)
-        write_text(done, json.dumps(found, indent=2) + "\n")
+    if folder is not None:
+        finish(folder, benchmark, outcome, found)
     return found

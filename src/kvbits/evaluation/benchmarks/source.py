@@ -158,7 +158,7 @@ class HubSource(Source):
         except ImportError:
             raise ValueError(
                 f"{file.name} must be read from a folder or with the package datasets, got no "
-                f"--data and no such package; pip install datasets, or {remedy}"
+                f"--data and no such package; pip install 'kvbits[data]', or {remedy}"
             ) from None
         try:
             found: Any = load_dataset(file.hub.path, file.hub.config, split=file.hub.split)
