@@ -88,6 +88,8 @@ def test_a_run_goes_on_where_it_was_and_its_table_pairs_examples(
     text = table.markdown([full, packed])
     assert "wikitext2, perplexity (n = 3)" in text
     assert "| 16 bits | 16.00 |" in text
+    assert full.flips == (0, 0)
+    assert "| +0 −0 | 1.00 [1.00, 1.00] |" in text
     assert text.count("[") == 3 + 2  # of three packed scores, and of two lengths
     assert json.dumps(table.summary([full, packed]), allow_nan=False)
 
