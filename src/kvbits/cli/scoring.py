@@ -56,6 +56,8 @@ class Scoring:
             self.execute.check()
         self.benchmark, self.settings, self.output = benchmark, settings, output
         self.source, self.execute_in = open_source(data), execute_in
+        examples = benchmark.example_files if settings.shots else ()
+        self.source.check([*benchmark.files, *examples])  # before weights are loaded
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,7 @@ def complete(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    ends = _end_tokens(model, tokenizer)
     criteria = [_StopStrings(tokenizer, stop, width)] if stop else []
     with torch.no_grad():
         output = model.generate(
@@ -63,10 +65,12 @@ def complete(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=padding,
-            eos_token_id=_end_tokens(model, tokenizer),
+            eos_token_id=ends,
             stopping_criteria=StoppingCriteriaList(criteria),
         )
-    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    # rows that ended early are filled up, by a token that may be one of text
+    rows = [_before_end(row, ends) for row in output[:, width:].tolist()]
+    texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return texts
 
 
@@ -88,6 +92,12 @@ def _padding_token(model: Any, tokenizer: Any) -> int:
     return 0
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> Any:
+def _end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
     own = model.generation_config.eos_token_id
-    return tokenizer.eos_token_id if own is None else own
+    found = tokenizer.eos_token_id if own is None else own
+    return [found] if isinstance(found, int) else found
+
+
+def _before_end(row: list[int], ends: list[int] | None) -> list[int]:
+    """The tokens before the first that ends a text."""
+    return list(itertools.takewhile(lambda token: token not in (ends or ()), row))

@@ -66,7 +66,7 @@ def test_right_answers_score_one_and_wrong_ones_nothing(name, make_items):
 def test_listing_says_where_to_get_every_file(name):
     found = facts(BENCHMARKS[name])
     assert found["description"]
-    for file in found["files"]:
+    for file in found["files"] + found["example_files"]:
         assert file["schema"]
         assert file["place"]
 
@@ -92,7 +92,7 @@ def test_unknown_names_and_settings_are_refused():
         build_benchmark("gsm9k")
     with pytest.raises(ValueError, match="max_new_tokens"):
         build_benchmark("gsm8k", max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"datasets must be all or among .*, got 'qsper'"):
+    with pytest.raises(ValueError, match=r"datasets: must be all or among .*, got 'qsper'"):
         build_benchmark("longbench", datasets="qsper")
 
 

@@ -170,6 +170,11 @@ class Benchmark(BaseModel, ABC):
         """Data files that ``items`` reads under these settings, without few-shot examples."""
         return ()
 
+    @property
+    def example_files(self) -> tuple[DataFile[Any], ...]:
+        """Data files that few-shot examples are taken from."""
+        return ()
+
     @abstractmethod
     def items(self, setup: Setup) -> Iterable[Item]:
         """Make the items, always in the same order.

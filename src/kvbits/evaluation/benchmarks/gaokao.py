@@ -77,9 +77,7 @@ class Gaokao(Benchmark):
     def _check_names(cls, value: str) -> str:
         unknown = [name for name in value.split(",") if name not in {*KINDS, "all"}]
         if unknown:
-            raise ValueError(
-                f"subjects must be all or among {', '.join(KINDS)}, got {unknown[0]!r}"
-            )
+            raise ValueError(f"must be all or among {', '.join(KINDS)}, got {unknown[0]!r}")
         return value
 
     @property

@@ -56,6 +56,10 @@ class Gsm8k(Benchmark):
     def files(self) -> tuple[DataFile[Any], ...]:
         return (TEST,)
 
+    @property
+    def example_files(self) -> tuple[DataFile[Any], ...]:
+        return (TRAIN,) if self.examples == "train" else ()
+
     def items(self, setup: Setup) -> Iterable[Item]:
         shots = self._shots(setup)
         for number, row in enumerate(setup.source.read(TEST)):

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from kvbits.evaluation.benchmarks.base import Benchmark
+from kvbits.evaluation.benchmarks.source import DataFile
 
 
 def facts(kind: type[Benchmark]) -> dict[str, Any]:
@@ -16,12 +17,14 @@ def facts(kind: type[Benchmark]) -> dict[str, Any]:
         "description": kind.description,
         "origin": kind.origin,
         "shots": kind.default_shots,
-        "files": [
-            {"name": file.name, "schema": file.schema, "place": file.place}
-            for file in benchmark.files
-        ],
+        "files": [_file_facts(file) for file in benchmark.files],
+        "example_files": [_file_facts(file) for file in benchmark.example_files],
         "settings": benchmark.model_dump(mode="json"),
     }
+
+
+def _file_facts(file: DataFile[Any]) -> dict[str, str]:
+    return {"name": file.name, "schema": file.schema, "place": file.place}
 
 
 def written(settings: dict[str, Any]) -> list[str]:

@@ -104,9 +104,7 @@ class LongBench(Benchmark):
     def _check_names(cls, value: str) -> str:
         unknown = [name for name in value.split(",") if name not in {*datasets(), "all"}]
         if unknown:
-            raise ValueError(
-                f"datasets must be all or among {', '.join(datasets())}, got {unknown[0]!r}"
-            )
+            raise ValueError(f"must be all or among {', '.join(datasets())}, got {unknown[0]!r}")
         return value
 
     @property

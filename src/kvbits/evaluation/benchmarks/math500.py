@@ -49,6 +49,10 @@ class Math500(Benchmark):
     def files(self) -> tuple[DataFile[Any], ...]:
         return (TEST,)
 
+    @property
+    def example_files(self) -> tuple[DataFile[Any], ...]:
+        return (TRAIN,)
+
     def items(self, setup: Setup) -> Iterable[Item]:
         rows = setup.source.read(TRAIN) if setup.shots else []
         shots = first_shots([(_question(row), f" {row.solution}") for row in rows], setup)

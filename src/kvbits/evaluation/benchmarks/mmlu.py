@@ -64,6 +64,10 @@ class Mmlu(Benchmark):
     def files(self) -> tuple[DataFile[Any], ...]:
         return (self.file,)
 
+    @property
+    def example_files(self) -> tuple[DataFile[Any], ...]:
+        return (DEV,)
+
     def items(self, setup: Setup) -> Iterable[Item]:
         examples = setup.source.read(DEV) if setup.shots else []
         by_subject: dict[str, list[tuple[str, str]]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -92,6 +93,14 @@ class Source(ABC):
         self.checksums: dict[str, str] = {}
 
     @abstractmethod
+    def check(self, files: Iterable[DataFile[Any]]) -> None:
+        """Say at once that a file is missing, where that can be seen without reading it.
+
+        Raises:
+            ValueError: As by ``read``.
+        """
+
+    @abstractmethod
     def read(self, file: DataFile[R]) -> list[R]:
         """Read the rows of a file.
 
@@ -114,13 +123,17 @@ class FolderSource(Source):
             raise ValueError(f"--data must be a folder, got {str(folder)!r}")
         self.folder = folder
 
+    def check(self, files: Iterable[DataFile[Any]]) -> None:
+        for file in files:
+            if not (self.folder / file.name).is_file():
+                raise ValueError(
+                    f"--data must hold {file.name}, got {str(self.folder)!r} without it; take "
+                    f"{file.place}, as {file.form}"
+                )
+
     def read(self, file: DataFile[R]) -> list[R]:
+        self.check([file])
         path = self.folder / file.name
-        if not path.is_file():
-            raise ValueError(
-                f"--data must hold {file.name}, got {str(self.folder)!r} without it; take "
-                f"{file.place}, as {file.form}"
-            )
         text = path.read_bytes()
         self.checksums[file.name] = hashlib.sha256(text).hexdigest()
         rows = [
@@ -147,25 +160,29 @@ def _objects(data: bytes, path: Path, key: str | None) -> list[dict[str, Any]]:
 class HubSource(Source):
     """Data sets of the Hugging Face hub, by the package ``datasets``; needs a network."""
 
+    def check(self, files: Iterable[DataFile[Any]]) -> None:
+        for file in files:
+            if file.hub is None:
+                raise ValueError(
+                    f"{file.name} must be read from a folder, got no --data; {_remedy(file)}"
+                )
+
     def read(self, file: DataFile[R]) -> list[R]:
-        remedy = (
-            f"put {file.name} into a folder and pass it as --data: {file.place}, as {file.form}"
-        )
-        if file.hub is None:
-            raise ValueError(f"{file.name} must be read from a folder, got no --data; {remedy}")
+        self.check([file])
+        assert file.hub is not None
         try:
             from datasets import load_dataset
         except ImportError:
             raise ValueError(
                 f"{file.name} must be read from a folder or with the package datasets, got no "
-                f"--data and no such package; pip install 'kvbits[data]', or {remedy}"
+                f"--data and no such package; pip install 'kvbits[data]', or {_remedy(file)}"
             ) from None
         try:
             found: Any = load_dataset(file.hub.path, file.hub.config, split=file.hub.split)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(
-                f"{file.hub} must be reachable without --data, got {reason}; or {remedy}"
+                f"{file.hub} must be reachable without --data, got {reason}; or {_remedy(file)}"
             ) from error
         values = [json.loads(json.dumps(value, default=str)) for value in found]
         text = json.dumps(values, sort_keys=True)
@@ -174,6 +191,10 @@ class HubSource(Source):
             parse(file.row, value, f"{file.hub.path}:{number}")
             for number, value in enumerate(values, start=1)
         ]
+
+
+def _remedy(file: DataFile[Any]) -> str:
+    return f"put {file.name} into a folder and pass it as --data: {file.place}, as {file.form}"
 
 
 def open_source(data: Path | None) -> Source:
