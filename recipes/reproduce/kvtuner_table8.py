@@ -1,11 +1,14 @@
 """KVTuner's table 8, tokens per second of Llama-3.1-8B: ours beside the published ones.
 
     python recipes/reproduce/kvtuner_table8.py meta-llama/Llama-3.1-8B-Instruct
+    python recipes/reproduce/kvtuner_table8.py benchmarks/shapes/llama-3.1-8b \\
+        --as meta-llama/Llama-3.1-8B-Instruct
     python recipes/reproduce/kvtuner_table8.py --dry-run
 
 Rows and prompt tokens as published (64 x 128, 16 x 512, 8 x 1024), prompts of random tokens, 338
 generated tokens each, time from the prompt to the last token without compiling. Needs a CUDA
-device. A folder with the model's config and no weights is enough: speed does not depend on them.
+device. The model was not available to us; a folder with its config and no weights is enough, as
+speed does not depend on them.
 """
 
 from __future__ import annotations

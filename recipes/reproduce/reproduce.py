@@ -26,6 +26,7 @@ from kvbits.evaluation.benchmarks import Benchmark
 from kvbits.evaluation.benchmarks.running import RunSettings, make_items
 from kvbits.evaluation.benchmarks.scored import scored
 from kvbits.evaluation.benchmarks.source import Source, open_source
+from kvbits.evaluation.records import library_versions
 from kvbits.methods import build_method
 from kvbits.plan.files import write_text
 from kvbits.testing.models import tiny_model
@@ -174,8 +175,13 @@ class Recipe:
 
     def folder(self, row: dict[str, Any]) -> Path:
         """Where a row is kept."""
-        model = self.entry.id.rsplit("/", 1)[-1]
-        made: Path = self.arguments.out / self.name / model / _slug(row["config"])
+        return self._home / _slug(row["config"])
+
+    @property
+    def _home(self) -> Path:
+        """Where the model's rows are kept; those of a dry run lie apart."""
+        kind = "-dry-run" if self.arguments.dry_run else ""
+        made: Path = self.arguments.out / self.name / (self.entry.id.rsplit("/", 1)[-1] + kind)
         return made
 
     def score(
@@ -237,6 +243,12 @@ class Recipe:
         self._print(found)
         return found
 
+    @property
+    def device(self) -> str:
+        """What it ran on."""
+        device = self.model.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
     def _bytes(self, plan: CachePlan | None) -> int:
         """Bytes of the cache at ``BYTES_CONTEXT`` tokens: measured in a dry run, as the formula.
 
@@ -261,11 +273,10 @@ class Recipe:
             "model": self.entry.id,
             "is_dry_run": self.arguments.dry_run,
             "limit": self.limit,
+            "versions": library_versions() | {"device": self.device},
             "rows": found,
         }
-        name = "dry_run.json" if self.arguments.dry_run else "table.json"
-        path = self.arguments.out / self.name / self.entry.id.rsplit("/", 1)[-1] / name
-        write_text(path, json.dumps(kept, indent=2) + "\n")
+        write_text(self._home / "table.json", json.dumps(kept, indent=2) + "\n")
 
     def _print(self, found: Sequence[dict[str, Any]]) -> None:
         table = Table("config", "effective bits", *self.columns)
@@ -274,6 +285,7 @@ class Recipe:
             table.add_row(row["config"], f"{row['effective_bits']:.2f}", *cells)
         console = Console(width=40 + 24 * len(self.columns))
         console.print(f"{self.published.table}\n{self.published.citation}\nmodel: {self.entry.id}")
+        console.print(f"on: {self.device}, {str(self.model.dtype).removeprefix('torch.')}")
         console.print(table)
         console.print(f"each cell: ours, (published); {self.published.unit}")
         console.print(self.published.note)

@@ -95,7 +95,7 @@ def test_a_dry_run_prints_ours_beside_published_and_checks_bytes(
     assert columns
     assert all(math.isfinite(value) for value in packed["ours"].values())
     assert all(f"({packed['published'][column]:.4g})" in printed for column in columns)
-    kept = json.loads(next(tmp_path.rglob("dry_run.json")).read_text())
+    kept = json.loads(next(tmp_path.rglob("table.json")).read_text())
     assert kept["is_dry_run"]
     assert kept["rows"] == [full, packed]
 
