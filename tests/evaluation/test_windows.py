@@ -141,3 +141,9 @@ def test_a_missing_raw_file_says_that_it_is_plain_text(tmp_path, tiny):
         ValueError, match=r"must hold wikitext2_test.raw, .* as plain text with one row"
     ):
         score("wikitext2", FolderSource(tmp_path), tiny)
+
+
+def test_a_window_beyond_the_models_context_is_refused(tmp_path, tiny):
+    (tmp_path / "wikitext2_test.raw").write_text(" The old lamp stood near the bridge . \n" * 30)
+    with pytest.raises(ValueError, match=r"a window must have at most 512 tokens, .* got 600"):
+        score("wikitext2", FolderSource(tmp_path), tiny, window=600)
