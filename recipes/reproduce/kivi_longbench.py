@@ -31,7 +31,7 @@ def write_data(folder: Path) -> None:
         row = {
             "input": "What stands near the bridge?",
             "context": " ".join(sentence(rng) for _ in range(30)),
-            "answers": ["a lamp"],
+            "answers": ["Paragraph 3" if name == "passage_retrieval_en" else "a lamp"],
             "length": 300,
             "all_classes": ["lamp", "letter"] if name == "trec" else None,
         }
