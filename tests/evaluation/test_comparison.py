@@ -57,6 +57,24 @@ def test_a_run_against_itself_differs_in_nothing():
     assert (row.gained, row.lost, row.p_value) == ((), (), 1.0)
 
 
+def test_longer_answers_show_beside_equal_accuracy():
+    first = [sample(i, 1, response_tokens=n) for i, n in enumerate((10, 20, 0))]
+    second = [sample(i, 1, response_tokens=n) for i, n in enumerate((20, 40, 2))]
+    (row,) = compare(first, second)
+    assert row.difference.difference == 0
+    assert row.length_ratio == pytest.approx(
+        (2.0, 2.0, 2.0)
+    )  # an empty answer counts as one token
+    assert compare(first, first)[0].length_ratio == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_answers_that_were_not_generated_have_no_length():
+    (row,) = compare(run_of(1, 0), run_of(1, 1))
+    assert row.length_ratio is None
+    one = [sample(0, 1, response_tokens=5)]
+    assert compare(one, one)[0].length_ratio is None
+
+
 def test_means_are_weighted_by_words():
     def run(*values):
         metrics = [{"metrics": {"word_perplexity": v}} for v in values]
@@ -108,6 +126,18 @@ def test_samples_of_the_harness_are_read():
     assert read.metrics == {"exact_match": 1.0, "log-likelihood (word_perplexity)": -3.0}
     assert read.weights == {"log-likelihood (word_perplexity)": 10.0}
     assert read.response == "42"
+    assert read.response_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [([["so it is 42"]], 4), ([[(-1.0, False)], [(-2.0, True)]], None), ([["a", "b"]], None)],
+)
+def test_a_whole_answer_of_the_harness_is_counted_before_filters(responses, expected):
+    logged = {"doc_id": 0, "filter": "none", "doc_hash": "d", "prompt_hash": "p", "metrics": []}
+    logged |= {"filtered_resps": ["42"], "resps": responses}
+    (read,) = from_harness({"task": [logged]}, lambda text: len(text.split()))
+    assert read.response_tokens == expected
 
 
 def test_samples_survive_their_file(tmp_path):
@@ -147,12 +177,13 @@ def store(folder, scores):
             "metrics": ["exact_match"],
             "exact_match": score,
             "filtered_resps": ["x"],
+            "resps": [["x " * (4 - score)]],
         }
         for i, score in enumerate(scores)
     ]
     open_run(folder, identity(None, {}, {}))
     found = {"results": {"gsm8k": {}}, "samples": {"gsm8k": logged}}
-    run_task(folder, "gsm8k", lambda name: dict(found))
+    run_task(folder, "gsm8k", lambda name: dict(found), lambda text: len(text.split()))
     return folder
 
 
@@ -163,6 +194,9 @@ def test_compare_evals_prints_differences_and_flips(tmp_path):
     assert "-0.3333" in result.output
     assert "gsm8k, exact_match, strict-match: gained 2" in result.output
     assert "gsm8k, exact_match, strict-match: lost 0, 1" in result.output
+    assert "length B/A: geometric mean" in result.output
+    # of 3, 3 and 4 tokens in one run and 4, 4 and 3 in the other
+    assert f"{(4 / 3) ** (1 / 3):.3f} [" in result.output
 
 
 @pytest.mark.parametrize("finished", [True, False])

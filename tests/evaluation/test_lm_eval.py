@@ -282,7 +282,8 @@ def test_the_command_runs_tasks_and_compares_them(task_folder, tmp_path):
 
     from kvbits.cli import app
 
-    common = ("eval", MODEL, "--tasks", "local_choice", "--include-path", task_folder)
+    names = "local_choice,local_generate"
+    common = ("eval", MODEL, "--tasks", names, "--include-path", task_folder)
     folders = tmp_path / "full", tmp_path / "packed"
     for folder, plan in zip(folders, ((), ("--method", "per-token", "--bits", 2)), strict=True):
         arguments = (*common, "--limit", 2, "--num-fewshot", 1, *plan, "-o", folder)
@@ -293,5 +294,19 @@ def test_the_command_runs_tasks_and_compares_them(task_folder, tmp_path):
     arguments = ("compare-evals", *folders, "--json")
     result = CliRunner().invoke(app, [str(each) for each in arguments])
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout)
-    assert (row["task"], row["metric"], row["n"]) == ("local_choice", "acc", 2)
+    choice, text = json.loads(result.stdout)
+    assert (choice["task"], choice["metric"], choice["n"]) == ("local_choice", "acc", 2)
+    assert choice["length_ratio"] is None
+    assert text["task"] == "local_generate"
+    counts = [
+        {
+            sample.doc_id: sample.response_tokens
+            for sample in run_samples(folder)
+            if sample.response
+        }
+        for folder in folders
+    ]
+    ratios = [counts[1][i] / counts[0][i] for i in counts[0]]
+    assert len(ratios) == 2
+    assert min(counts[0].values()) > 1
+    assert text["length_ratio"]["ratio"] == pytest.approx((ratios[0] * ratios[1]) ** 0.5)

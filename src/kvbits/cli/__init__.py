@@ -18,6 +18,7 @@ from kvbits.cli.evaluate import evaluate
 from kvbits.cli.export import export
 from kvbits.cli.failures import OneLineGroup
 from kvbits.cli.generate import generate
+from kvbits.cli.grid import grid
 from kvbits.cli.harness import compare_evals, eval_
 from kvbits.cli.inspect import inspect
 from kvbits.cli.methods import calibrate, methods
@@ -57,6 +58,7 @@ for command in (inspect, methods, calibrate, tune, generate, evaluate, replay, r
     app.command()(command)
 app.command("eval")(eval_)
 app.command()(compare_evals)
+app.command()(grid)
 app.command()(score)
 app.command("replay-parse")(replay_parse)
 app.add_typer(bench.app, name="bench")

@@ -115,7 +115,10 @@ def eval_(
     def run(name: str) -> dict[str, Any]:
         return evaluate(lm, [name], manager=manager, seed=seed, **settings)
 
-    results = {name: harness_run.run_task(output, name, run) for name in names}
+    def count_tokens(text: str) -> int:
+        return len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    results = {name: harness_run.run_task(output, name, run, count_tokens) for name in names}
     if as_json:
         typer.echo(json.dumps(results, indent=2, default=str))
         return
@@ -145,20 +148,24 @@ def _print_results(title: str, results: dict[str, dict[str, Any]]) -> None:
 
 @one_line_errors
 def compare_evals(
-    first: Annotated[Path, typer.Argument(metavar="A", help="An --output of kvbits eval.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="An --output of kvbits eval or score.")
+    ],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same tasks.")],
     flips: Annotated[bool, typer.Option("--flips", help="Name the examples that flip.")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare two runs of `kvbits eval` example by example: differences, intervals and flips."""
+    """Compare two runs of `kvbits eval` or `kvbits score` example by example.
+
+    Differences with their intervals, flips in both directions, and how much longer answers got.
+    """
     from kvbits.evaluation import harness_run
     from kvbits.evaluation.comparison import compare
 
     found = compare(harness_run.run_samples(first), harness_run.run_samples(second))
     if as_json:
-        rows = [row._asdict() | {"difference": row.difference._asdict()} for row in found]
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json.dumps([_plain(row) for row in found], indent=2))
         return
     typer.echo(f"A: {harness_run.describe_run(first)}")
     typer.echo(f"B: {harness_run.describe_run(second)}")
@@ -168,10 +175,17 @@ def compare_evals(
             _print_flips(row)
 
 
+def _plain(row: Comparison) -> dict[str, Any]:
+    length = row.length_ratio and row.length_ratio._asdict()
+    return row._asdict() | {"difference": row.difference._asdict(), "length_ratio": length}
+
+
 def _print_comparisons(found: list[Comparison]) -> None:
     from kvbits.cli.output import console, table
 
-    rows = table("task", "metric", "A", "B", "B − A", "95 %", "gained", "lost", "p", "n")
+    rows = table(
+        "task", "metric", "A", "B", "B − A", "95 %", "gained", "lost", "p", "length B/A", "n"
+    )
     for row in found:
         gap, low, high = row.difference
         metric = f"{row.metric}, {row.filter}"
@@ -179,8 +193,14 @@ def _print_comparisons(found: list[Comparison]) -> None:
         if row.gained is not None and row.lost is not None:
             flips = [str(len(row.gained)), str(len(row.lost)), f"{row.p_value:.3g}"]
         means = f"{row.first:.4f}", f"{row.second:.4f}", f"{gap:+.4f}"
-        rows.add_row(row.task, metric, *means, f"[{low:+.4f}, {high:+.4f}]", *flips, str(row.n))
+        length = ""
+        if row.length_ratio is not None:
+            length = "{:.3f} [{:.3f}, {:.3f}]".format(*row.length_ratio)
+        interval = f"[{low:+.4f}, {high:+.4f}]"
+        rows.add_row(row.task, metric, *means, interval, *flips, length, str(row.n))
     console().print(rows)
+    if any(row.length_ratio for row in found):
+        typer.echo("length B/A: geometric mean of the ratios of generated tokens, with 95 %")
 
 
 def _print_flips(row: Comparison) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbits.cli.failures import one_line_errors
+from kvbits.cli.grid import show as show_grids
 from kvbits.cli.options import AsJson, DeviceName, Dtype, DtypeName, PlanPath, Seed, Verbose
 
 if TYPE_CHECKING:
@@ -125,20 +126,25 @@ def score(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    print_results(found)
+    print_results(found, has_grids=show_grids(found, output))
     if output is not None:
         typer.echo(f"results and examples: {output}")
 
 
-def print_results(found: dict[str, Any]) -> None:
-    """Print what a run found: one table of tasks, their groups and the summary."""
+def print_results(found: dict[str, Any], *, has_grids: bool = False) -> None:
+    """Print what a run found: one table of tasks, their groups and the summary.
+
+    Args:
+        found: The results.
+        has_grids: Whether the groups were shown as grids.
+    """
     from kvbits.cli.output import console, table
 
     rows = table("task", "metric", "value", "standard error", "n")
     for task, scores in found["results"].items():
         _add(rows, task, scores, found["n-samples"][task]["effective"])
         groups = found["groups"][task]
-        if len(groups) <= MAX_GROUPS_SHOWN:
+        if not has_grids and len(groups) <= MAX_GROUPS_SHOWN:
             for name, part in groups.items():
                 _add(rows, f"  {name}", part, part["n"])
     for name, value in found["summary"].items():

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbits.cli.models import Loaded, load_config, load_model
+from kvbits.cli.models import load_config, load_model
 from kvbits.cli.output import progress_bars
 from kvbits.evaluation.benchmarks import Benchmark
 from kvbits.evaluation.benchmarks.execution import DockerExecutor
-from kvbits.evaluation.benchmarks.results import results
-from kvbits.evaluation.benchmarks.running import (
-    RunSettings,
-    finish,
-    make_items,
-    make_prompter,
-    run_benchmark,
-    settings_of,
-)
+from kvbits.evaluation.benchmarks.running import RunSettings, make_items, make_prompter
+from kvbits.evaluation.benchmarks.scored import scored
 from kvbits.evaluation.benchmarks.source import open_source
-from kvbits.evaluation.harness_run import RESULTS, identity, open_run, read_object
-from kvbits.evaluation.records import library_versions
 
 if TYPE_CHECKING:
     from kvbits.plan import CachePlan
@@ -88,36 +78,18 @@ class Scoring:
         loaded = load_model(model, device, dtype)
         make_prompter(loaded.model, loaded.tokenizer, self.settings)  # refuses before data is read
         items = make_items(self.benchmark, self.source, loaded.tokenizer, self.settings)
-        manifest = self._manifest(loaded, plan)
-        if self.output is not None:
-            open_run(self.output, manifest)
-            done = self.output / f"{self.benchmark.name}{RESULTS}"
-            if done.exists():
-                return read_object(done)
         with progress_bars() as bars:
             bar = bars.add_task(self.benchmark.name, total=len(items))
-            outcome = run_benchmark(
+            return scored(
                 self.benchmark,
                 items,
                 loaded.model,
                 loaded.tokenizer,
                 plan,
                 self.settings,
+                self.source,
+                facts={"model": Path(loaded.name).name, "execute_in": self.execute_in},
                 folder=self.output,
                 execute=self.execute,
                 progress=lambda count: bars.advance(bar, count),
             )
-        found = json.loads(json.dumps(results(self.benchmark, outcome, manifest)))
-        if self.output is not None:
-            finish(self.output, self.benchmark, outcome, found)
-        return dict(found)
-
-    def _manifest(self, loaded: Loaded, plan: CachePlan | None) -> dict[str, Any]:
-        """What makes the run the one it is; data has been read by now."""
-        place = {
-            "device": loaded.model.device.type,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        }
-        asked = settings_of(self.benchmark, self.settings, self.source)
-        asked |= {"model": Path(loaded.name).name, "execute_in": self.execute_in}
-        return identity(plan, asked, library_versions() | place)

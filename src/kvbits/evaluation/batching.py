@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvbits.plan import CachePlan
 
 MAX_BATCH_TOKENS = 2048  # larger batches are not faster on a CPU
+MAX_BATCH_TOKENS_GPU = 2**14  # of a small vocabulary; of others MAX_LOGITS is the bound
 MAX_LOGITS = 2**26  # values alive at once, 256 MiB in float32
 
 
@@ -46,12 +47,15 @@ class DocumentBatch(NamedTuple):
         return self.rows[self.counted.nonzero()[:, 0]]
 
 
-def batches(token_set: TokenSet, num_logits: int) -> Iterator[DocumentBatch]:
-    """Yield the documents in batches of similar length, in an order that depends on the set alone.
+def batches(
+    token_set: TokenSet, num_logits: int, max_tokens: int = MAX_BATCH_TOKENS
+) -> Iterator[DocumentBatch]:
+    """Yield the documents in batches of similar length; which, depends on the set and bounds.
 
     Args:
         token_set: the documents.
         num_logits: width of the model's logits, which bounds the batch.
+        max_tokens: tokens of a batch at most.
     """
     counted = token_set.counted
     positions = torch.arange(counted.shape[1])
@@ -62,7 +66,7 @@ def batches(token_set: TokenSet, num_logits: int) -> Iterator[DocumentBatch]:
         length = int(lengths[row])
         if length < 2:
             continue  # nothing of this document counts
-        if batch and (len(batch) + 1) * length > min(MAX_BATCH_TOKENS, MAX_LOGITS // num_logits):
+        if batch and (len(batch) + 1) * length > min(max_tokens, MAX_LOGITS // num_logits):
             yield _batch(token_set, batch, int(lengths[batch[-1]]), num_logits)
             batch = []
         batch.append(row)
@@ -76,6 +80,11 @@ def _batch(token_set: TokenSet, rows: list[int], length: int, num_logits: int) -
     return DocumentBatch(
         torch.tensor(rows), ids[:, :-1], ids[:, 1:], token_set.counted[rows, 1:length], chunk
     )
+
+
+def max_batch_tokens(model: Any) -> int:
+    """Tokens of a batch where a model runs."""
+    return MAX_BATCH_TOKENS if model.device.type == "cpu" else MAX_BATCH_TOKENS_GPU
 
 
 def vocab_size(model: Any) -> int:

@@ -9,8 +9,10 @@ from kvbits.errors import RecordError
 from kvbits.evaluation.samples import Sample
 from kvbits.evaluation.statistics import (
     Difference,
+    Ratio,
     clustered_mean,
     mcnemar,
+    mean_ratio,
     paired_difference,
     paired_mean_difference,
 )
@@ -30,6 +32,9 @@ class Comparison(NamedTuple):
         gained: Examples wrong in the first and right in the second; None if not right or wrong.
         lost: Examples right in the first and wrong in the second.
         p_value: Of McNemar's exact test, for right and wrong.
+        length_ratio: How many times as many tokens the second run's answers have, whatever the
+            metric; None for fewer than two generated answers. At the same accuracy a damaged
+            cache may still ramble.
     """
 
     task: str
@@ -42,6 +47,7 @@ class Comparison(NamedTuple):
     gained: tuple[int, ...] | None = None
     lost: tuple[int, ...] | None = None
     p_value: float | None = None
+    length_ratio: Ratio | None = None
 
 
 def compare(first: Sequence[Sample], second: Sequence[Sample]) -> list[Comparison]:
@@ -94,6 +100,7 @@ def _comparison(
         clustered_mean([x * n for x, n in zip(old, counts, strict=True)], counts)[0],
         clustered_mean([x * n for x, n in zip(new, counts, strict=True)], counts)[0],
         paired_mean_difference(new, old, counts),
+        length_ratio=_length_ratio(pairs),
     )
     if not {*old, *new} <= {0.0, 1.0}:
         return made
@@ -105,3 +112,12 @@ def _comparison(
         lost=lost,
         p_value=mcnemar(len(gained), len(lost)),
     )
+
+
+def _length_ratio(pairs: Sequence[tuple[Sample, Sample]]) -> Ratio | None:
+    """Tokens of the second answers over those of the first; an empty answer counts as one."""
+    counts = [(a.response_tokens, b.response_tokens) for a, b in pairs]
+    known = [(max(x, 1), max(y, 1)) for x, y in counts if x is not None and y is not None]
+    if len(known) < 2:
+        return None
+    return mean_ratio([y for _, y in known], [x for x, _ in known])

@@ -58,7 +58,10 @@ def open_run(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def run_task(
-    folder: Path | None, name: str, evaluate: Callable[[str], dict[str, Any]]
+    folder: Path | None,
+    name: str,
+    evaluate: Callable[[str], dict[str, Any]],
+    count_tokens: Callable[[str], int] | None = None,
 ) -> dict[str, Any]:
     """Run one task, or read what an earlier run of the folder found.
 
@@ -66,6 +69,7 @@ def run_task(
         folder: Where to keep it; None keeps nothing.
         name: The task.
         evaluate: Runs a task by the harness.
+        count_tokens: Counts the tokens of answers, for their records.
 
     Returns:
         The harness's results, without the samples.
@@ -77,7 +81,7 @@ def run_task(
     samples = found.pop("samples", {})
     text = json.dumps(found, indent=2, default=str) + "\n"
     if folder is not None and done is not None:
-        write_samples(folder / f"{_file_name(name)}{SAMPLES}", from_harness(samples))
+        write_samples(folder / f"{_file_name(name)}{SAMPLES}", from_harness(samples, count_tokens))
         write_text(done, text)
     kept: dict[str, Any] = json.loads(text)
     return kept

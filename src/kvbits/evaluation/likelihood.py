@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kvbits.evaluation.batching import batches, counted_logits, vocab_size
+from kvbits.evaluation.batching import batches, counted_logits, max_batch_tokens, vocab_size
 from kvbits.evaluation.stream import cache_nbytes, new_cache
 from kvbits.evaluation.token_set import Segment, padded_set
 
@@ -61,7 +61,7 @@ def likelihoods(
     )
     sums = torch.zeros(len(documents), 3, dtype=torch.float64)
     most_bytes = 0
-    for batch in batches(token_set, vocab_size(model)):
+    for batch in batches(token_set, vocab_size(model), max_batch_tokens(model)):
         cache = new_cache(model, plan)
         for cells, targets, logits in counted_logits(model, batch, plan, cache=cache):
             rows = batch.documents[cells]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Sample(BaseModel):
         metrics: Its score by every metric; of perplexities, the mean log-likelihood behind it.
         weights: By metric: words or bytes behind such a mean.
         response: What was answered, where something was generated.
+        response_tokens: Tokens of the whole answer, as the model's tokenizer counts its text.
         group: Part of the task it belongs to, such as a subject.
     """
 
@@ -40,6 +41,7 @@ class Sample(BaseModel):
     metrics: dict[str, float]
     weights: dict[str, float] = Field(default_factory=dict)
     response: str | None = None
+    response_tokens: int | None = Field(default=None, ge=0)
     group: str = ""
 
     @property
@@ -48,12 +50,26 @@ class Sample(BaseModel):
         return self.task, self.filter, self.doc_id
 
 
-def from_harness(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Sample]:
-    """Read the samples that lm-evaluation-harness logs, by task."""
-    return [_sample(task, entry) for task, entries in samples.items() for entry in entries]
+def from_harness(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    count_tokens: Callable[[str], int] | None = None,
+) -> list[Sample]:
+    """Read the samples that lm-evaluation-harness logs, by task.
+
+    Args:
+        samples: What it logged.
+        count_tokens: Counts the tokens of answers; without it they are not recorded.
+    """
+    return [
+        _sample(task, entry, count_tokens)
+        for task, entries in samples.items()
+        for entry in entries
+    ]
 
 
-def _sample(task: str, entry: Mapping[str, Any]) -> Sample:
+def _sample(
+    task: str, entry: Mapping[str, Any], count_tokens: Callable[[str], int] | None
+) -> Sample:
     metrics, weights = {}, {}
     for name in entry["metrics"]:
         value = entry[name]
@@ -75,7 +91,17 @@ def _sample(task: str, entry: Mapping[str, Any]) -> Sample:
         metrics=metrics,
         weights=weights,
         response=None if text is None else text[:MAX_RESPONSE_CHARACTERS],
+        response_tokens=_response_tokens(entry, count_tokens),
     )
+
+
+def _response_tokens(
+    entry: Mapping[str, Any], count_tokens: Callable[[str], int] | None
+) -> int | None:
+    """Tokens of what was generated, before any filter; None for log-likelihoods."""
+    answers = entry.get("resps") or [[]]
+    whole = answers[0][0] if len(answers) == 1 and len(answers[0]) == 1 else None
+    return count_tokens(whole) if count_tokens is not None and isinstance(whole, str) else None
 
 
 def _is_finite(value: Any) -> bool:

@@ -17,6 +17,14 @@ class Difference(NamedTuple):
     high: float
 
 
+class Ratio(NamedTuple):
+    """A ratio with its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
 def clustered_mean(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
     """Return the mean over all units of all clusters and its standard error.
 
@@ -103,3 +111,23 @@ def mcnemar(only_a: int, only_b: int) -> float:
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)
+
+
+def mean_ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
+    """Return the geometric mean of ``a / b``, pair by pair, with a 95 % interval.
+
+    Of ratios the arithmetic mean is above 1 both ways round where nothing but noise differs; this
+    one turns into its inverse. The interval is normal on the logarithms.
+
+    Args:
+        a: Positive numbers, for example the tokens of each answer on one cache.
+        b: The same of the other.
+    """
+    if len(a) != len(b) or len(a) < 2 or min(*a, *b) <= 0:
+        raise ValueError(
+            f"a and b must be positive numbers of two pairs or more, got {len(a)} and {len(b)}"
+        )
+    logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
+    mean, error = clustered_mean(logs, [1.0] * len(logs))
+    half = Z95 * error
+    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))

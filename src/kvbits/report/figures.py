@@ -52,7 +52,7 @@ def front_figure(run: Run) -> Any:
     figure.update_xaxes(title_text="effective bits per value", dtick=1)
     figure.update_yaxes(type="log", exponentformat="power", dtick=1, minor_showgrid=False)
     figure.update_yaxes(title_text="forward KL, nats per token", col=1)
-    _finish(figure, FRONT_HEIGHT, top=100)
+    finish(figure, FRONT_HEIGHT, top=100)
     figure.update_layout(legend={"orientation": "h", "y": 1.14, "yanchor": "bottom", "x": 0})
     return figure
 
@@ -161,7 +161,7 @@ def sensitivity_figure(run: Run) -> Any:
     figure.update_yaxes(title_text="layer", col=1)
     figure.update_xaxes(showgrid=False, type="category")
     num_layers = len(grids[0].layers) if grids else 0
-    _finish(figure, max(MIN_HEAT_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * num_layers))
+    finish(figure, max(MIN_HEAT_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * num_layers))
     return figure
 
 
@@ -216,12 +216,12 @@ def bits_figure(point: Point) -> Any:
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.05)
     figure.update_xaxes(title_text="layer", dtick=1, showgrid=False)
     figure.update_yaxes(title_text="bits per code", tickvals=[2, 4, 8, 16], rangemode="tozero")
-    _finish(figure, BITS_HEIGHT)
+    finish(figure, BITS_HEIGHT)
     figure.update_layout(legend={"orientation": "h", "y": 1.05, "yanchor": "bottom", "x": 0})
     return figure
 
 
-def _finish(figure: Any, height: int, top: int = 50) -> None:
+def finish(figure: Any, height: int, top: int = 50) -> None:
     """Give every figure the same plain look."""
     figure.update_layout(
         template="plotly_white",

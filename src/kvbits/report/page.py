@@ -85,7 +85,7 @@ def render(run: Run, model: str | None = None) -> str:
         _chosen_bits(run),
         _sensitivity(run),
         _measured_on(run),
-        _section("Words", WORDS),
+        section("Words", WORDS),
     ]
     return TEMPLATE.format(
         title=escape(f"KV cache plan for {account.model_name(run)}"),
@@ -95,7 +95,8 @@ def render(run: Run, model: str | None = None) -> str:
     )
 
 
-def _section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> str:
+    """A section of a page."""
     return "\n".join(["<section>", f"<h2>{escape(title)}</h2>", *parts, "</section>"])
 
 
@@ -103,7 +104,8 @@ def _paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def _figure(figure: Any, name: str) -> str:
+def embed(figure: Any, name: str) -> str:
+    """A figure as HTML, for a page that holds plotly.js."""
     html = to_html(
         figure,
         full_html=False,
@@ -127,7 +129,7 @@ def _summary(run: Run) -> str:
 def _use(run: Run, model: str | None) -> str:
     if run.chosen is None:
         return ""
-    return _section(
+    return section(
         "Use this plan",
         f"<pre>{escape(account.python_snippet(run))}</pre>",
         f"<pre>{escape(account.command_snippet(run, model))}</pre>",
@@ -137,14 +139,14 @@ def _use(run: Run, model: str | None) -> str:
 def _front(run: Run) -> str:
     if not run.points:
         return ""
-    return _section(
+    return section(
         "Quality against size",
         _paragraph(
             "Lower left is better. Markers are measured on held-out data, with one standard "
             "error; dotted lines are what the search predicted from calibration data. The dashed "
             "line is the budget, the ring the plan it chose."
         ),
-        _figure(figures.front_figure(run), "front"),
+        embed(figures.front_figure(run), "front"),
     )
 
 
@@ -157,7 +159,7 @@ def _verified(run: Run) -> str:
     if (results := tables.task_results(run)).rows:
         text = "Exact match; the difference is from the full-precision cache, in points."
         parts += [_paragraph(text), tables.render_table(results)]
-    return _section("Verified on held-out data", *parts) if parts else ""
+    return section("Verified on held-out data", *parts) if parts else ""
 
 
 def _comparison(run: Run) -> str:
@@ -175,15 +177,15 @@ def _comparison(run: Run) -> str:
             "divided by the baseline's: below 1 the search did better, above 1 the baseline did."
         )
         parts += [_paragraph(text), tables.render_table(equal)]
-    return _section("Search against uniform, ladder and random plans", *parts) if parts else ""
+    return section("Search against uniform, ladder and random plans", *parts) if parts else ""
 
 
 def _chosen_bits(run: Run) -> str:
     if run.chosen is None:
         return ""
-    return _section(
+    return section(
         "Bits per layer of the chosen plan",
-        _figure(figures.bits_figure(run.chosen), "bits"),
+        embed(figures.bits_figure(run.chosen), "bits"),
         tables.render_table(tables.layer_bits(run.chosen), "compact"),
     )
 
@@ -191,14 +193,14 @@ def _chosen_bits(run: Run) -> str:
 def _sensitivity(run: Run) -> str:
     if not run.sensitivity:
         return ""
-    return _section(
+    return section(
         "Sensitivity of every layer",
         _paragraph(
             "Forward KL on calibration data when one side of one layer is stored at one width "
             "and everything else is exact. K8 is 8-bit keys, V2 is 2-bit values. Colour is "
             "logarithmic and shared by the panels; a grey cell is not above zero."
         ),
-        _figure(figures.sensitivity_figure(run), "sensitivity"),
+        embed(figures.sensitivity_figure(run), "sensitivity"),
         "<details><summary>The same numbers as tables</summary>",
         *(tables.render_table(table, "compact") for table in tables.sensitivities(run)),
         "</details>",
@@ -207,7 +209,7 @@ def _sensitivity(run: Run) -> str:
 
 def _measured_on(run: Run) -> str:
     records = account.measured_on(run)
-    return _section(
+    return section(
         "What was measured on which data",
         tables.render_table(records) if records.rows else "",
         "<details><summary>Settings, checksums and versions</summary>",

@@ -25,7 +25,8 @@ class Example(NamedTuple):
         right: A response of full score.
         wrong: A response of score 0.
         settings: What to make the benchmark with.
-        metric: The metric that tells them apart; empty if answers are only written.
+        metric: The metric that tells them apart; empty if answers are only written, if scores have
+            no full mark, or if items are generated.
     """
 
     files: Mapping[str, Rows]
@@ -39,6 +40,7 @@ def ranked(*logprobs: float) -> tuple[Likelihood, ...]:
     return tuple(Likelihood(value, 1, value == max(logprobs)) for value in logprobs)
 
 
+TEXTS = [{"text": f"The {word} lamp stood near the bridge."} for word in ("old", "green", "new")]
 WORD_PROBLEMS = [
     {
         "question": f"Ann has {n} pens and buys 3. How many?",
@@ -204,6 +206,21 @@ EXAMPLES: dict[str, Example] = {
         "",
         metric="",
     ),
+    "wikitext2": Example(
+        {"wikitext2_test.raw": TEXTS}, ranked(-5), ranked(-6), {"window": 16}, metric=""
+    ),
+    "c4": Example(
+        {"c4_validation.jsonl": TEXTS},
+        ranked(-5),
+        ranked(-6),
+        {"window": 16, "windows": 2},
+        metric="",
+    ),
+    "passkey": Example({}, "", "", {"lengths": 256, "depths": 2, "n": 1}, metric=""),
+    "needle": Example({}, "", "", {"lengths": 512, "depths": 2, "n": 1}, metric=""),
+    "ruler": Example({}, "", "", {"lengths": 1024, "tasks": "vt,qa_1", "n": 1}, metric=""),
+    "recall": Example({}, "", "", {"length": 256, "n": 1}, metric=""),
+    "arithmetic": Example({}, "", "", {"n": 2}, metric=""),
 }
 
 

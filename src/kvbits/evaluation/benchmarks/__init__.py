@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from kvbits.evaluation.benchmarks.base import Benchmark
 from kvbits.evaluation.benchmarks.blimp import Blimp
 from kvbits.evaluation.benchmarks.gaokao import Gaokao
+from kvbits.evaluation.benchmarks.grids import NeedleGrid, PasskeyGrid, Ruler
 from kvbits.evaluation.benchmarks.gsm8k import Gsm8k
 from kvbits.evaluation.benchmarks.humaneval import HumanEval
 from kvbits.evaluation.benchmarks.lambada import Lambada
@@ -16,6 +17,8 @@ from kvbits.evaluation.benchmarks.livecodebench import LiveCodeBench
 from kvbits.evaluation.benchmarks.longbench import LongBench
 from kvbits.evaluation.benchmarks.math500 import Math500
 from kvbits.evaluation.benchmarks.mmlu import Mmlu, MmluStem
+from kvbits.evaluation.benchmarks.own import Arithmetic, Recall
+from kvbits.evaluation.benchmarks.perplexity import C4Perplexity, WikiText2
 from kvbits.evaluation.benchmarks.retrieval import Babi, KeyValueStore, KiviPassKey, LongEvalLines
 from kvbits.plan.loading import one_sentence
 
@@ -28,14 +31,21 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
         MmluStem,
         Gaokao,
         LongBench,
+        PasskeyGrid,
+        NeedleGrid,
+        Ruler,
         LongEvalLines,
         KeyValueStore,
         KiviPassKey,
         Babi,
         Lambada,
         Blimp,
+        WikiText2,
+        C4Perplexity,
         HumanEval,
         LiveCodeBench,
+        Recall,
+        Arithmetic,
     )
 }
 """Every benchmark, by name."""

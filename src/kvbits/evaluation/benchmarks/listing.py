@@ -29,10 +29,14 @@ def _file_facts(file: DataFile[Any]) -> dict[str, str]:
 
 def written(settings: dict[str, Any]) -> list[str]:
     """Settings as ``--set`` takes them."""
-    return [
-        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in settings.items()
-    ]
+    return [f"{name}={_written(value)}" for name, value in settings.items()]
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    is_plain = isinstance(value, str) and value.isprintable()
+    return value if is_plain else json.dumps(value)
 
 
 def markdown_table() -> str:

@@ -81,6 +81,7 @@ class Prompter:
     def documents(self, request: Rank | Read) -> list[list[Segment]]:
         """Documents whose counted tokens are the answers of a request."""
         if isinstance(request, Read):
+            self._check_context(size_of(request))
             return [list(request.segments)]
         text = self.text(request.prompt)
         longest = max(len(encode_continuation(self.tokenizer, each)) for each in request.answers)
@@ -93,6 +94,17 @@ class Prompter:
                 for each in request.answers
             )
         ]
+
+    def _check_context(self, num_tokens: int) -> None:
+        if self.context_length is not None and num_tokens > self.context_length:
+            raise ValueError(
+                f"a window must have at most {self.context_length} tokens, the model's context, "
+                f"got {num_tokens}; pass a smaller one, such as --set window={self.context_length}"
+            )
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of an answer."""
+        return len(encode_continuation(self.tokenizer, text))
 
     def prompt_hash(self, request: Request) -> str:
         """SHA-256 of what is asked."""

@@ -216,6 +216,7 @@ def _judged(
         metrics=metrics,
         weights=weights,
         response=text,
+        response_tokens=None if text is None else prompter.count_tokens(text),
         group=item.group,
     )
 

@@ -81,6 +81,10 @@ class DataFile(Generic[R]):
         hub = f"{self.hub} on the Hugging Face hub" if self.hub else ""
         return " or ".join(part for part in (hub, self.origin) if part)
 
+    def objects(self, data: bytes, path: Path) -> list[dict[str, Any]]:
+        """Rows of the file's bytes, not yet checked against the schema."""
+        return _objects(data, path, self.key)
+
 
 class Source(ABC):
     """Reads data files, and keeps the checksum of each."""
@@ -134,7 +138,7 @@ class FolderSource(Source):
         self.checksums[file.name] = hashlib.sha256(text).hexdigest()
         rows = [
             parse(file.row, value, f"{path}:{number}")
-            for number, value in enumerate(_objects(text, path, file.key), start=1)
+            for number, value in enumerate(file.objects(text, path), start=1)
         ]
         if not rows:
             raise RecordError(f"{path} must hold at least one line, got none")
