@@ -322,3 +322,29 @@ def test_weights_checksum_sees_one_changed_weight_and_no_order(model):
         parameter.view(-1)[0] -= 1
     assert changed != before
     assert weights_checksum(model) == before
+
+
+@pytest.mark.parametrize("strategy", ["exact", "exact+", "random"])
+def test_a_drop_in_a_task_buys_the_smallest_plan_that_keeps_it(
+    strategy, model, tokenizer, data, tmp_path
+):
+    """A random model solves nothing, so that its smallest plan is no worse."""
+    settings = TuneSettings(
+        max_drop=0.5, tasks=("passkey",), task_n=2, widths=(4, 2), random_plans=0,
+        strategy=strategy, trials=3,
+    )  # fmt: skip
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    front = result.front
+    sizes = [p["effective_bits"] for p in front["points"] if p["origin"] == strategy]
+    if strategy != "random":
+        assert result.plan.effective_bits == pytest.approx(min(sizes))
+    assert front["budget_bits"] == pytest.approx(result.plan.effective_bits)
+    assert front["drop"]["task"] == "passkey"
+    assert front["drop"]["difference"] == 0
+    assert front["drop"]["heldout"]["n"] == 2
+    assert front["bought"]["bytes"] == result.plan.bytes(4096, 1)
+    lines = (tmp_path / "drop.jsonl").read_text().splitlines()
+    assert len(lines) >= 2
+    again = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert again.plan == result.plan
+    assert (tmp_path / "drop.jsonl").read_text().splitlines() == lines

@@ -42,6 +42,13 @@ class Granularity(StrEnum):
     LAYER = "layer"
 
 
+class DropRule(StrEnum):
+    """What of a paired difference in accuracy is limited."""
+
+    ESTIMATE = "estimate"
+    INTERVAL = "interval"
+
+
 class Objective(StrEnum):
     """What the search minimises over the calibration domains."""
 
@@ -67,6 +74,21 @@ def tune(
     max_kl: Annotated[
         float | None,
         typer.Option(help="Budget: nats per token in the worst domain; finds the smallest plan."),
+    ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Budget: how much worse than 16 bits at the first --task, such as 1%; finds the "
+            "smallest plan.",
+        ),
+    ] = None,
+    drop_rule: Annotated[
+        DropRule | None,
+        typer.Option(
+            help="What --max-drop limits: the measured drop (estimate, the default) or the far "
+            "end of its 95 % interval."
+        ),
     ] = None,
     context: Annotated[
         int | None,
@@ -131,6 +153,8 @@ def tune(
         "bits": bits,
         "memory": memory,
         "max_kl": max_kl,
+        "max_drop": parse_share("--max-drop", max_drop),
+        "drop_rule": _value(drop_rule),
         "context": context,
         "batch": batch,
         "strategy": _value(strategy),
@@ -167,8 +191,8 @@ def _default_name(model: str, given: dict[str, Any], recipe: Recipe | None) -> s
     """``kvbits-tiny-kivi-exact-4``; what names cannot have becomes an underscore."""
     stored = given.get("candidates") or (given.get("mode", Mode.PER_TOKEN.value),)
     search = given.get("strategy") or (recipe or Strategy.EXACT).value
-    budgets = [f"{name}-{given[name]:g}" for name in ("memory", "max_kl") if name in given]
-    parts = [Path(model).name, "+".join(stored), search, *budgets]
+    names = ("memory", "max_kl", "max_drop")
+    budgets = [f"{name}-{given[name]:g}" for name in names if name in given]
     if not budgets:
         parts.append(f"{given.get('bits', 4):g}")
     return re.sub("[^A-Za-z0-9_.+-]+", "_", "-".join(parts))
@@ -186,6 +210,21 @@ def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
         raise ValueError(f"{option} must be numbers such as 8,4,2, got {text!r}")
     return tuple(float(part) if "." in part else int(part) for part in parts)
+
+
+def parse_share(option: str, text: str | None) -> float | None:
+    """Read ``1%`` or ``0.01``.
+
+    Raises:
+        ValueError: the text is neither, or not between 0 and 1.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)", text.strip())
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"{option} must be a share such as 1% or 0.01, got {text!r}")
+    return share
 
 
 def _tune(

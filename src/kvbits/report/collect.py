@@ -95,6 +95,7 @@ class Run(NamedTuple):
     context: int | None
     budget_bits: float | None
     bought: Mapping[str, int]
+    drop: Mapping[str, Any]
     points: tuple[Point, ...]
     comparisons: tuple[PairedComparison, ...]
     sensitivity: tuple[Sensitivity, ...]
@@ -154,6 +155,7 @@ def collect(run_dir: Path | str) -> Run:
         context=front.get("context"),
         budget_bits=front.get("budget_bits"),
         bought=front.get("bought") or {},
+        drop=front.get("drop") or {},
         points=_parse_points(front, path / "front.json"),
         comparisons=_parse_items(front, "comparisons", _parse_comparison, path / "front.json"),
         sensitivity=_read_lines(path / "sensitivity.jsonl", _parse_sensitivity),

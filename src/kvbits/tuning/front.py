@@ -35,6 +35,7 @@ class Findings(NamedTuple):
     front: Sequence[Allocation]
     chosen: Allocation
     verifier: Verifier
+    drop: dict[str, Any] | None = None  # what the task said of the chosen plan, if it decided
 
     @property
     def origin(self) -> str:
@@ -77,6 +78,7 @@ def front_document(findings: Findings) -> dict[str, Any]:
         "objective": settings.objective,
         "budget_bits": findings.bits,
         "max_kl": settings.max_kl,
+        "drop": _drop(findings),
         "bought": bought(findings.plan(findings.chosen), settings),
         "normalised_by": dict(
             zip(findings.domains, map(rounded, findings.problem.norms), strict=True)
@@ -105,6 +107,18 @@ def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
         "tasks": _tasks(findings, labels) or None,
         "chosen": findings.is_chosen(entry),
     }
+
+
+def _drop(findings: Findings) -> dict[str, Any] | None:
+    """The drop that the plan was chosen by, and that on the problems it is reported on."""
+    if findings.drop is None:
+        return None
+    heldout = _tasks(findings, findings.labels(findings.chosen))[findings.drop["task"]]
+    return {**{k: _rounded(v) for k, v in findings.drop.items()}, "heldout": heldout}
+
+
+def _rounded(value: Any) -> Any:
+    return rounded(value) if isinstance(value, float) else value
 
 
 def _full(findings: Findings) -> Labels:

@@ -12,12 +12,14 @@ from kvbits.evaluation.tasks import TASKS
 from kvbits.plan import MODES, WIDTHS
 from kvbits.plan.modes import EXACT_BITS
 from kvbits.tuning.candidates import check_names
+from kvbits.tuning.drop import DropRule, fewest_problems
 
 _SIZES = SetSize()
 
 
-BUDGETS = ("bits", "memory", "max_kl")
+BUDGETS = ("bits", "memory", "max_kl", "max_drop")
 DEFAULT_BITS = 4.0
+DROP_PROBLEMS = 200
 Strategy = Literal["exact", "exact+", "moead", "nsga2", "tpe", "uniform", "ladder", "random"]
 RECIPES: dict[str, dict[str, Any]] = {
     "kvtuner": {
@@ -46,6 +48,10 @@ class TuneSettings(BaseModel):
             budget of another kind is given.
         memory: Budget in bytes for ``batch`` rows of ``context`` tokens, all layers together.
         max_kl: Budget in quality: nats per token in the worst domain, on calibration data.
+        max_drop: Budget in quality: share of the problems of the first task by which a plan may
+            be worse than full precision, such as 0.01.
+        drop_rule: What of the paired difference counts for ``max_drop``: the ``estimate``, or the
+            far end of its 95 % ``interval``.
         strategy: ``exact`` solves the additive model; ``exact+`` corrects it by measuring its
             solutions; ``moead``, ``nsga2`` and ``tpe`` measure every trial; ``uniform``,
             ``ladder`` and ``random`` are what a search has to beat.
@@ -79,7 +85,8 @@ class TuneSettings(BaseModel):
             other, results joined; by default the budget alone.
         random_plans: Random plans to compare with.
         tasks: Tasks run on full precision, the chosen plan and the best rivals.
-        task_n: Problems per task; 0 runs none.
+        task_n: Problems per task; 0 runs none. 200 where ``max_drop`` is given: as many to choose
+            by and as many others to verify on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +94,8 @@ class TuneSettings(BaseModel):
     bits: float | None = Field(default=None, gt=0, le=EXACT_BITS)
     memory: int | None = Field(default=None, gt=0)
     max_kl: float | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, gt=0, lt=1)
+    drop_rule: DropRule = "estimate"
     strategy: Strategy = "exact"
     mode: Literal["per_token", "kivi"] | None = None
     candidates: tuple[str, ...] = ()
@@ -123,6 +132,8 @@ class TuneSettings(BaseModel):
             filled["mode"] = MODES[0]
         if all(filled.get(name) is None for name in BUDGETS):
             filled["bits"] = DEFAULT_BITS
+        if filled.get("max_drop") is not None:
+            filled.setdefault("task_n", DROP_PROBLEMS)
         return filled
 
     @model_validator(mode="after")
@@ -160,6 +171,20 @@ class TuneSettings(BaseModel):
             raise ValueError(
                 "context must be given with memory, got none; a budget in bytes is "
                 "for a number of tokens"
+            )
+        if self.max_drop is not None:
+            self._check_drop(self.max_drop)
+        elif self.drop_rule != "estimate":
+            raise ValueError(f"drop_rule must be given with max_drop, got {self.drop_rule} alone")
+
+    def _check_drop(self, most: float) -> None:
+        if not self.tasks:
+            raise ValueError("tasks must name one with max_drop, which is a drop in it, got none")
+        fewest = fewest_problems(most, self.drop_rule)
+        if self.task_n < fewest:
+            raise ValueError(
+                f"task_n must be at least {fewest} to tell a drop of {100 * most:g} % by its "
+                f"{self.drop_rule}, got {self.task_n}; give more problems with -n"
             )
 
     def _check_search(self) -> None:

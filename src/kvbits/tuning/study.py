@@ -23,6 +23,7 @@ from kvbits.tuning.calibrated import calibrating
 from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
+from kvbits.tuning.drop import Answers, DropLimit
 from kvbits.tuning.front import Findings, front_document, plan_with_account
 from kvbits.tuning.identity import Data, identity, versions
 from kvbits.tuning.problem import Problem, build_problem
@@ -60,6 +61,7 @@ class _Study(NamedTuple):
     limit: Limit
     run: RunDir
     progress: Progress
+    answers: Answers | None
 
 
 def tune(
@@ -99,7 +101,10 @@ def tune(
         run.check_identity(identity(model, settings, data))
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)
-        study = _Study(model, tokenizer, settings, data, candidates, costs, limit, run, progress)
+        answers = _answers(model, tokenizer, settings, candidates, run, progress)
+        study = _Study(
+            *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, answers)
+        )
         findings = _verify(study, *_search(study))
         document = front_document(findings)
         plan = plan_with_account(findings, data.calibration, versions())
@@ -133,6 +138,22 @@ def _candidates(model: Any, settings: TuneSettings, make: MakePlan | None = None
     if settings.mode is not None:
         return of_mode(model.config, settings.mode, settings.widths, is_joint=is_joint)
     return of_methods(model.config, settings.candidates, settings.widths, make, is_joint=is_joint)
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    settings: TuneSettings,
+    candidates: Candidates,
+    run: RunDir,
+    progress: Progress,
+) -> Answers | None:
+    """Answers to the task of a ``max_drop``, None for other budgets."""
+    if settings.max_drop is None:
+        return None
+    task, n, seed = settings.tasks[0], settings.task_n, settings.seed
+    limit = DropLimit(settings.max_drop, settings.drop_rule, task, n, seed)
+    return Answers(model, tokenizer, candidates, limit, run, progress)
 
 
 def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> None:
@@ -170,6 +191,7 @@ def _search(study: _Study) -> tuple[Problem, Found]:
         study.limit,
         run,
         study.progress,
+        study.answers,
     )
     return problem, search(given)
 
@@ -209,7 +231,8 @@ def _verify(study: _Study, problem: Problem, found: Found) -> Findings:
     )
     domains = tuple(token_set.domain for token_set in study.data.calibration)
     findings = Findings(
-        settings, problem, domains, bits, entries, found.front, found.chosen, verifier
+        *(settings, problem, domains, bits, entries, found.front, found.chosen, verifier),
+        None if study.answers is None else study.answers.account(found.chosen.choice),
     )
     verifier.run_all(entries, study.progress)
     return findings
