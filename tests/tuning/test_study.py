@@ -348,3 +348,25 @@ def test_a_drop_in_a_task_buys_the_smallest_plan_that_keeps_it(
     again = tune(model, tokenizer, settings, tmp_path, data=data)
     assert again.plan == result.plan
     assert (tmp_path / "drop.jsonl").read_text().splitlines() == lines
+
+
+def test_heads_are_measured_chosen_and_run_apart(model, tokenizer, data, tmp_path):
+    settings = QUICK.model_copy(update={"granularity": "head", "random_plans": 1})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert result.plan.effective_bits <= 4.5
+    profile = [json.loads(x) for x in (tmp_path / "sensitivity.jsonl").read_text().splitlines()]
+    assert {r["layer"] for r in profile} == {f"{a}.{b}" for a in range(3) for b in range(2)}
+    assert any(len(layer.groups) == 2 for layer in result.plan.layers)
+    reloaded = CachePlan.load(tmp_path / "plan.json")
+    ids = torch.randint(1, 257, (1, 40))
+    made = model.generate(ids, past_key_values=reloaded.new_cache(model), max_new_tokens=4)
+    assert made.shape[1] > 40
+    finer = next(point for point in result.front["points"] if point["chosen"])
+    assert sum(map(sum, finer["pairs"])) / 6 <= 4.5
+
+    from kvbits.report.collect import collect
+    from kvbits.report.page import render
+
+    run = collect(tmp_path)
+    assert {row.layer for row in run.sensitivity} == {0, 1, 2}
+    assert "K4V2" in render(run, model="tiny")

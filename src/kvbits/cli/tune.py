@@ -40,6 +40,7 @@ class Granularity(StrEnum):
 
     SIDE = "side"
     LAYER = "layer"
+    HEAD = "head"
 
 
 class DropRule(StrEnum):
@@ -118,7 +119,10 @@ def tune(
     ] = None,
     granularity: Annotated[
         Granularity | None,
-        typer.Option(help="side (default): keys and values apart; layer: one width for both."),
+        typer.Option(
+            help="side (default): keys and values apart; layer: one width for both; head: every "
+            "key/value head apart too."
+        ),
     ] = None,
     objective: Annotated[
         Objective | None,

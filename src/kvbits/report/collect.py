@@ -158,7 +158,7 @@ def collect(run_dir: Path | str) -> Run:
         drop=front.get("drop") or {},
         points=_parse_points(front, path / "front.json"),
         comparisons=_parse_items(front, "comparisons", _parse_comparison, path / "front.json"),
-        sensitivity=_read_lines(path / "sensitivity.jsonl", _parse_sensitivity),
+        sensitivity=_of_layers(_read_lines(path / "sensitivity.jsonl", _parse_sensitivity)),
         records=_read_lines(path / "verify.jsonl", dict),
         missing=tuple(name for name in names if not (path / name).exists()),
     )
@@ -238,6 +238,23 @@ def _parse_point(item: Mapping[str, Any]) -> Point:
     )
 
 
+def _of_layers(rows: tuple[Sensitivity, ...]) -> tuple[Sensitivity, ...]:
+    """Sum what heads of one layer cost: isolated KLs add up, and so do their squared errors."""
+    found: dict[tuple[str, int, str], Sensitivity] = {}
+    for row in rows:
+        key = (row.domain, row.layer, row.label)
+        before = found.get(key)
+        if before is None:
+            found[key] = row
+            continue
+        errors = (before.kl_standard_error, row.kl_standard_error)
+        found[key] = row._replace(
+            kl_nats=before.kl_nats + row.kl_nats,
+            kl_standard_error=None if None in errors else math.hypot(*filter(None, errors)),
+        )
+    return tuple(found.values())
+
+
 def _width(value: Any) -> float:
     """A width as it is written: 4, but 1.5."""
     return int(value) if float(value).is_integer() else float(value)
@@ -269,7 +286,7 @@ def _parse_comparison(item: Mapping[str, Any]) -> PairedComparison:
 def _parse_sensitivity(item: Mapping[str, Any]) -> Sensitivity:
     error = item.get("kl_se")
     return Sensitivity(
-        layer=int(item["layer"]),
+        layer=int(str(item["layer"]).partition(".")[0]),  # 3.1 is head 1 of layer 3
         side=str(item["side"]),
         bits=_width(item["bits"]),
         label=str(item["label"]),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvbits.evaluation.token_set import TokenSet, dataset
+from kvbits.layer_plan import SIDES, LayerPlan
 from kvbits.plan import CachePlan, Metric, Provenance
 from kvbits.tuning import rivals
 from kvbits.tuning.budget import bought
@@ -97,7 +98,7 @@ def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
         "name": entry.name,
         "origin": entry.origin,
         "labels": list(labels),
-        "pairs": [list(pair) for pair in plan.pairs],
+        "pairs": [_mean_pair(layer) for layer in plan.layers],
         "effective_bits": rounded(plan.effective_bits),
         "effective_bits_at_context": rounded(plan.effective_bits_at(context)),
         "loss": rounded(entry.allocation.loss),
@@ -107,6 +108,20 @@ def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
         "tasks": _tasks(findings, labels) or None,
         "chosen": findings.is_chosen(entry),
     }
+
+
+def _mean_pair(layer: LayerPlan) -> list[float]:
+    """Widths of a layer's keys and values; the mean over its heads where those differ."""
+    heads = [len(group.heads or (0,)) for group in layer.groups]
+    sums = [
+        sum(n * group.codec(side).bits for n, group in zip(heads, layer.groups, strict=True))
+        for side in SIDES
+    ]
+    return [_whole(each / sum(heads)) for each in sums]
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else rounded(value)
 
 
 def _drop(findings: Findings) -> dict[str, Any] | None:

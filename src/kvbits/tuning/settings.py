@@ -11,7 +11,7 @@ from kvbits.evaluation.corpora import SetSize
 from kvbits.evaluation.tasks import TASKS
 from kvbits.plan import MODES, WIDTHS
 from kvbits.plan.modes import EXACT_BITS
-from kvbits.tuning.candidates import check_names
+from kvbits.tuning.candidates import Granularity, check_names
 from kvbits.tuning.drop import DropRule, fewest_problems
 
 _SIZES = SetSize()
@@ -61,7 +61,7 @@ class TuneSettings(BaseModel):
         widths: Candidate code widths; every pair of those a method has is a candidate, and 16 for
             both sides.
         granularity: ``side``: keys and values of a layer have widths of their own; ``layer``: they
-            share one.
+            share one; ``head``: keys and values of every key/value head have widths of their own.
         objective: What the search minimises of the domains' KLs, each relative to uniform plans
             of the same size: ``minimax`` the worst, ``sum`` the weighted mean, ``balanced`` the
             two together.
@@ -100,7 +100,7 @@ class TuneSettings(BaseModel):
     mode: Literal["per_token", "kivi"] | None = None
     candidates: tuple[str, ...] = ()
     widths: tuple[Width, ...] = (8, 4, 3, 2)
-    granularity: Literal["side", "layer"] = "side"
+    granularity: Granularity = "side"
     objective: Literal["balanced", "minimax", "sum"] = "minimax"
     domain_weights: tuple[float, ...] | None = None
     context: int | None = Field(default=None, ge=1)

@@ -134,10 +134,10 @@ def _candidates(model: Any, settings: TuneSettings, make: MakePlan | None = None
             "model must have a full attention layer, the only kind that is packed, got "
             f"{geometry.architecture} with none"
         )
-    is_joint = settings.granularity == "layer"
+    by, widths = settings.granularity, settings.widths
     if settings.mode is not None:
-        return of_mode(model.config, settings.mode, settings.widths, is_joint=is_joint)
-    return of_methods(model.config, settings.candidates, settings.widths, make, is_joint=is_joint)
+        return of_mode(model.config, settings.mode, widths, granularity=by)
+    return of_methods(model.config, settings.candidates, widths, make, granularity=by)
 
 
 def _answers(
