@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,10 +46,10 @@ def answers(candidates, path, most=0.02, rule="estimate", n=N):
 
 def front_of(candidates) -> list[Allocation]:
     """Plans of every mixture of two neighbouring uniform widths, and full precision."""
-    columns = [next(i for i, c in enumerate(candidates.columns) if c.label == f"K{b}V{b}")
-               for b in (2, 3, 4, 8)]  # fmt: skip
-    choices = [(high,) * k + (low,) * (3 - k) for low, high in zip(columns, columns[1:],
-               strict=False) for k in range(3)]  # fmt: skip
+    labels = [column.label for column in candidates.columns]
+    columns = [labels.index(f"K{bits}V{bits}") for bits in (2, 3, 4, 8)]
+    steps = list(pairwise(columns))
+    choices = [(high,) * k + (low,) * (3 - k) for low, high in steps for k in range(3)]
     choices += [(columns[-1],) * 3, (0, 0, 0)]
     bits = [candidates.plan(choice).effective_bits for choice in choices]
     return [Allocation(c, b, (0.0,), 0.0) for c, b in zip(choices, bits, strict=True)]
