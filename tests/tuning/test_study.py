@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvbits.errors import RecordError, UnsupportedModelError
+from kvbits.errors import CalibrationError, RecordError, UnsupportedModelError
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.plan import CachePlan
 from kvbits.tuning import Data, Silent, TuneSettings, tune
@@ -370,3 +370,24 @@ def test_heads_are_measured_chosen_and_run_apart(model, tokenizer, data, tmp_pat
     run = collect(tmp_path)
     assert {row.layer for row in run.sensitivity} == {0, 1, 2}
     assert "K4V2" in render(run, model="tiny")
+
+
+@pytest.mark.parametrize("signal", ["fisher", "e_o"])
+def test_other_sensitivities_choose_a_plan_and_predict_in_nats(
+    signal, model, tokenizer, data, tmp_path
+):
+    """All are brought to nats by one measured plan, the narrowest uniform one."""
+    settings = QUICK.model_copy(update={"sensitivity": signal})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert result.plan.effective_bits <= 4.5
+    assert not (tmp_path / "sensitivity.jsonl").exists()
+    narrow = next(p for p in result.front["points"] if p["name"] == "K2V2")
+    anchor = json.loads((tmp_path / "anchor.jsonl").read_text())["kl_nats"]
+    assert list(narrow["predicted_kl"].values()) == pytest.approx(anchor, rel=1e-4)
+
+
+def test_accuracy_as_a_sensitivity_needs_a_problem_that_is_lost(model, tokenizer, data, tmp_path):
+    settings = QUICK.model_copy(update={"sensitivity": "accuracy", "task_n": 1})
+    with pytest.raises(CalibrationError, match="must see a problem that some codec alone gets"):
+        tune(model, tokenizer, settings, tmp_path, data=data)
+    assert len((tmp_path / "accuracy.jsonl").read_text().splitlines()) == 12

@@ -50,6 +50,15 @@ class DropRule(StrEnum):
     INTERVAL = "interval"
 
 
+class Sensitivity(StrEnum):
+    """What says how much a layer can lose."""
+
+    KL = "kl"
+    FISHER = "fisher"
+    E_O = "e_o"
+    ACCURACY = "accuracy"
+
+
 class Objective(StrEnum):
     """What the search minimises over the calibration domains."""
 
@@ -124,6 +133,13 @@ def tune(
             "key/value head apart too."
         ),
     ] = None,
+    sensitivity: Annotated[
+        Sensitivity | None,
+        typer.Option(
+            help="What the programme adds up. kl (default): a pass for every side; fisher: one "
+            "backward pass for all; e_o: error of attention outputs; accuracy: of the first --task."
+        ),
+    ] = None,
     objective: Annotated[
         Objective | None,
         typer.Option(
@@ -165,6 +181,7 @@ def tune(
         "mode": _value(mode),
         "candidates": tuple(candidates) if candidates else None,
         "granularity": _value(granularity),
+        "sensitivity": _value(sensitivity),
         "objective": _value(objective),
         "domain_weights": parse_numbers("--weights", weights),
         "seed": seed,

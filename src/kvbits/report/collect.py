@@ -23,6 +23,21 @@ SEARCHED_ORIGINS = (
 Row = TypeVar("Row")
 
 
+class Profile(NamedTuple):
+    """The file of what a study went by, and whether it holds nats by domain."""
+
+    file: str
+    is_in_nats: bool
+
+
+PROFILES = {
+    "kl": Profile("sensitivity.jsonl", True),
+    "fisher": Profile("fisher.jsonl", True),
+    "e_o": Profile("errors.jsonl", False),
+    "accuracy": Profile("accuracy.jsonl", False),
+}
+
+
 class Measurement(NamedTuple):
     """A mean and its standard error; nan where one document cannot give one."""
 
@@ -145,8 +160,9 @@ def collect(run_dir: Path | str) -> Run:
             f"{path / 'front.json'} must have schema_version {SCHEMA_VERSION}, "
             f"got {front.get('schema_version')!r}; use the kvbits version that wrote it"
         )
-    names = ("sensitivity.jsonl", "verify.jsonl", "front.json", "plan.json")
     study = _read_json(path / "study.json")
+    profile = PROFILES[study.get("settings", {}).get("sensitivity", "kl")]
+    names = (profile.file, "verify.jsonl", "front.json", "plan.json")
     return Run(
         path=path,
         study=study,
@@ -158,7 +174,9 @@ def collect(run_dir: Path | str) -> Run:
         drop=front.get("drop") or {},
         points=_parse_points(front, path / "front.json"),
         comparisons=_parse_items(front, "comparisons", _parse_comparison, path / "front.json"),
-        sensitivity=_of_layers(_read_lines(path / "sensitivity.jsonl", _parse_sensitivity)),
+        sensitivity=_of_layers(_read_lines(path / profile.file, _parse_sensitivity))
+        if profile.is_in_nats
+        else (),
         records=_read_lines(path / "verify.jsonl", dict),
         missing=tuple(name for name in names if not (path / name).exists()),
     )

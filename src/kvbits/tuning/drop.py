@@ -7,19 +7,21 @@ is paired, and what is not known is said: the interval, and whether it leaves th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from kvbits.evaluation.accuracy import run_task
+from kvbits.evaluation.accuracy import Accuracy, run_task
 from kvbits.evaluation.statistics import Z95, Difference, paired_difference, proportion
 from kvbits.evaluation.tasks import TASKS, Split
+from kvbits.plan import CachePlan
 from kvbits.tuning.candidates import Candidates
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.tables import Allocation, Choice
 
-RECORDS = "drop.jsonl"
+RECORDS, SIDE_RECORDS = "drop.jsonl", "accuracy.jsonl"
 SPLIT: Split = "valid"  # problems of the test split are for reporting
 
 DropRule: TypeAlias = Literal["estimate", "interval"]
@@ -60,6 +62,19 @@ def fewest_problems(most: float, rule: DropRule) -> int:
     return math.ceil(Z95 * math.sqrt(2) / most - 2)
 
 
+def solve(model: Any, tokenizer: Any, problems: DropLimit, plan: CachePlan | None) -> Accuracy:
+    """Let a plan, or full precision, answer the calibration problems."""
+    return run_task(
+        model,
+        tokenizer,
+        TASKS[problems.task](),
+        n=problems.n,
+        seed=problems.seed,
+        split=SPLIT,
+        plan=plan,
+    )
+
+
 class Answers:
     """What plans answer to one set of problems; every plan is one line of ``drop.jsonl``.
 
@@ -90,29 +105,21 @@ class Answers:
     def correct(self, choice: Choice) -> tuple[bool, ...]:
         """Return which problems a plan solves."""
         if choice not in self._known:
-            is_exact = not any(choice)
-            result = run_task(
-                self._model,
-                self._tokenizer,
-                TASKS[self.limit.task](),
-                n=self.limit.n,
-                seed=self.limit.seed,
-                split=SPLIT,
-                plan=None if is_exact else self._candidates.plan(choice),
-            )
+            plan = self._candidates.plan(choice) if any(choice) else None
+            result = solve(self._model, self._tokenizer, self.limit, plan)
             self._known[choice] = result.correct
-            self._run.append(RECORDS, self._record(choice, result.correct, result.seconds))
+            self._run.append(RECORDS, self._record(choice, result))
         return self._known[choice]
 
-    def _record(self, choice: Choice, correct: Sequence[bool], seconds: float) -> dict[str, Any]:
+    def _record(self, choice: Choice, result: Accuracy) -> dict[str, Any]:
         return {
             "choice": choice,
             "labels": self._candidates.labels(choice),
             "task": self.limit.task,
             "split": SPLIT,
             "seed": self.limit.seed,
-            "correct": list(correct),
-            "seconds": round(seconds, 3),
+            "correct": list(result.correct),
+            "seconds": round(result.seconds, 3),
         }
 
     def difference(self, choice: Choice) -> Difference:
@@ -150,6 +157,47 @@ class Answers:
             "accuracy_16bit": proportion(self.correct((0,) * len(chosen)))[0],
             **_told(difference, limit),
         }
+
+
+class SideAnswers:
+    """What one packed side of one row gets wrong; every codec is one line of ``accuracy.jsonl``.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        candidates: The rows and the codecs.
+        problems: Which problems.
+        run: Where the records are, and go.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, candidates: Candidates, problems: DropLimit, run: RunDir
+    ) -> None:
+        self._model, self._tokenizer, self._candidates = model, tokenizer, candidates
+        self._problems, self._run = problems, run
+
+    def lost(self, progress: Progress) -> list[dict[str, Any]]:
+        """Return, as lines of a sensitivity profile, the share of problems lost by every side."""
+        records = self._run.records(SIDE_RECORDS)
+        known = {(record["layer"], record["label"]) for record in records}
+        rows, sides = self._candidates.layers, self._candidates.sides
+        progress.start("accuracy of sides", len(rows) * len(sides))
+        progress.advance(len(known))
+        full = None
+        for row, option in itertools.product(rows, sides):
+            if (row, option.label) in known:
+                continue
+            full = full or solve(self._model, self._tokenizer, self._problems, None).correct
+            plan = self._candidates.isolated(row, option)
+            correct = solve(self._model, self._tokenizer, self._problems, plan).correct
+            lost = sum(x and not y for x, y in zip(full, correct, strict=True))
+            record = {"layer": row, "side": option.side, "bits": option.bits}
+            record |= {"label": option.label, "kl_nats": lost / len(full), "n": len(full)}
+            self._run.append(SIDE_RECORDS, record)
+            records.append(record)
+            progress.advance()
+        progress.finish()
+        return records
 
 
 def _told(difference: Difference, limit: DropLimit) -> dict[str, Any]:

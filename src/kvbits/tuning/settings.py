@@ -62,6 +62,9 @@ class TuneSettings(BaseModel):
             both sides.
         granularity: ``side``: keys and values of a layer have widths of their own; ``layer``: they
             share one; ``head``: keys and values of every key/value head have widths of their own.
+        sensitivity: What the programme adds up: ``kl``, the isolated forward KL; ``fisher``, the
+            error weighted by one backward pass; ``e_o``, the error of the attention output;
+            ``accuracy``, the problems of the first task that one packed side gets wrong.
         objective: What the search minimises of the domains' KLs, each relative to uniform plans
             of the same size: ``minimax`` the worst, ``sum`` the weighted mean, ``balanced`` the
             two together.
@@ -101,6 +104,7 @@ class TuneSettings(BaseModel):
     candidates: tuple[str, ...] = ()
     widths: tuple[Width, ...] = (8, 4, 3, 2)
     granularity: Granularity = "side"
+    sensitivity: Literal["kl", "fisher", "e_o", "accuracy"] = "kl"
     objective: Literal["balanced", "minimax", "sum"] = "minimax"
     domain_weights: tuple[float, ...] | None = None
     context: int | None = Field(default=None, ge=1)
@@ -171,6 +175,10 @@ class TuneSettings(BaseModel):
             raise ValueError(
                 "context must be given with memory, got none; a budget in bytes is "
                 "for a number of tokens"
+            )
+        if self.sensitivity == "accuracy" and not (self.tasks and self.task_n):
+            raise ValueError(
+                "tasks must name one with sensitivity accuracy, got none or no problem"
             )
         if self.max_drop is not None:
             self._check_drop(self.max_drop)

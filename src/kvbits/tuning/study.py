@@ -23,7 +23,7 @@ from kvbits.tuning.calibrated import calibrating
 from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
-from kvbits.tuning.drop import Answers, DropLimit
+from kvbits.tuning.drop import Answers, DropLimit, SideAnswers
 from kvbits.tuning.front import Findings, front_document, plan_with_account
 from kvbits.tuning.identity import Data, identity, versions
 from kvbits.tuning.problem import Problem, build_problem
@@ -32,14 +32,11 @@ from kvbits.tuning.prune import pareto_sets
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.search.optuna_samplers import check_optuna
 from kvbits.tuning.search.trials import Limit, Space
-from kvbits.tuning.sensitivity import Meter, profile_errors, profile_kl
+from kvbits.tuning.sensitivity import Meter, profile_errors
 from kvbits.tuning.settings import DEFAULT_BITS, TuneSettings
 from kvbits.tuning.strategies import Found, Search, search
-from kvbits.tuning.tables import (
-    CostTable,
-    FloatArray,
-    sensitivity_table,
-)
+from kvbits.tuning.signals import SIGNALS, Profiling
+from kvbits.tuning.tables import CostTable, FloatArray
 from kvbits.tuning.verify import TaskSettings, Verifier
 
 
@@ -151,9 +148,13 @@ def _answers(
     """Answers to the task of a ``max_drop``, None for other budgets."""
     if settings.max_drop is None:
         return None
-    task, n, seed = settings.tasks[0], settings.task_n, settings.seed
-    limit = DropLimit(settings.max_drop, settings.drop_rule, task, n, seed)
-    return Answers(model, tokenizer, candidates, limit, run, progress)
+    return Answers(model, tokenizer, candidates, _problems_of(settings), run, progress)
+
+
+def _problems_of(settings: TuneSettings) -> DropLimit:
+    """The calibration problems of the first task, and how many of them may be lost."""
+    most, task = settings.max_drop or 0.0, next(iter(settings.tasks), "")
+    return DropLimit(most, settings.drop_rule, task, settings.task_n, settings.seed)
 
 
 def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> None:
@@ -169,14 +170,12 @@ def _search(study: _Study) -> tuple[Problem, Found]:
     settings, costs, run = study.settings, study.costs, study.run
     meter = Meter(study.model, study.data.calibration, study.candidates)
     error_records = profile_errors(meter, run=run, progress=study.progress)
-    table = sensitivity_table(
-        profile_kl(meter, run=run, progress=study.progress),
-        domains=tuple(meter.token_sets),
-        sides=[option.label for option in study.candidates.sides],
-        layers=study.candidates.layers,
+    sides = SideAnswers(
+        study.model, study.tokenizer, study.candidates, _problems_of(settings), run
     )
+    profiling = Profiling(meter, costs, sides, run, study.progress)
     problem = build_problem(
-        table,
+        SIGNALS[settings.sensitivity](profiling),
         costs,
         bits=study.limit.bits or DEFAULT_BITS,
         objective=settings.objective,
