@@ -424,7 +424,7 @@ def test_choices_of_the_command_line_are_those_of_the_settings():
 
     command = importlib.import_module("kvbits.cli.tune")  # the package has its function
     fields = TuneSettings.model_fields
-    for name in ("strategy", "granularity", "sensitivity", "objective", "drop_rule"):
+    for name in ("strategy", "granularity", "sensitivity", "objective", "drop_rule", "count"):
         choices = getattr(command, name.title().replace("_", ""))
         assert {choice.value for choice in choices} == set(get_args(fields[name].annotation))
     assert {choice.value for choice in command.Recipe} == set(RECIPES)

@@ -391,3 +391,28 @@ def test_accuracy_as_a_sensitivity_needs_a_problem_that_is_lost(model, tokenizer
     with pytest.raises(CalibrationError, match="must see a problem that some codec alone gets"):
         tune(model, tokenizer, settings, tmp_path, data=data)
     assert len((tmp_path / "accuracy.jsonl").read_text().splitlines()) == 12
+
+
+def test_domains_of_the_user_s_own_are_tuned_and_proven_apart(model, tokenizer, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "What is {n}?"}}\n' for n in range(4)))
+    settings = TuneSettings(
+        bits=4.5, widths=(4, 2), calibration=(f"mine={prompts}", "sums=task:arithmetic"),
+        task_n=0, random_plans=0, chat_documents=2, answer_tokens=4, reasoning_documents=2,
+    )  # fmt: skip
+    result = tune(model, tokenizer, settings, tmp_path / "run")
+    assert list(result.front["normalised_by"]) == ["mine", "sums"]
+    study = json.loads((tmp_path / "run" / "study.json").read_text())
+    assert study["split"] == {
+        "calibration_documents": 4, "heldout_documents": 4, "shared_documents": 0,
+    }  # fmt: skip
+    hashes = json.loads((tmp_path / "run" / "documents.json").read_text())
+    one, other = ({h for each in hashes[s].values() for h in each} for s in hashes)
+    assert len(one) == len(other) == 4
+    assert not one & other
+
+
+def test_a_document_in_both_splits_is_refused(model, tokenizer, data, tmp_path):
+    both = Data(data.calibration, [data.calibration[0], data.heldout[1]])
+    with pytest.raises(CalibrationError, match="must share no document with calibration data"):
+        tune(model, tokenizer, EXACT, tmp_path, data=both)

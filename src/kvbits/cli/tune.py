@@ -67,6 +67,13 @@ class Objective(StrEnum):
     SUM = "sum"
 
 
+class Count(StrEnum):
+    """Which tokens of documents with questions count."""
+
+    ANSWERS = "answers"
+    ALL = "all"
+
+
 class Recipe(StrEnum):
     """Published ways to search; the values are those of ``kvbits.tuning.settings.RECIPES``."""
 
@@ -137,7 +144,7 @@ def tune(
         Sensitivity | None,
         typer.Option(
             help="What the programme adds up. kl (default): a pass for every side; fisher: one "
-            "backward pass for all; e_o: error of attention outputs; accuracy: of the first --task."
+            "backward pass for all; e_o: attention outputs; accuracy: of the first --task."
         ),
     ] = None,
     objective: Annotated[
@@ -158,6 +165,18 @@ def tune(
     text: Annotated[Path | None, typer.Option(help="Calibration text of your own.")] = None,
     heldout_text: Annotated[
         Path | None, typer.Option(help="Text of the same kind to verify on.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DOMAIN[=SOURCE]",
+            help="In place of text, reasoning and recall: a built-in domain (those, code, chat), "
+            "or one from a file, hf:DATASET or task:NAME; repeatable.",
+        ),
+    ] = None,
+    count: Annotated[
+        Count | None,
+        typer.Option(help="Tokens whose KL counts: answers (default), or all of a document."),
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Plans to measure.")] = None,
     output: Annotated[
@@ -190,6 +209,8 @@ def tune(
         "task_n": n,
         "text": None if text is None else str(text),
         "heldout_text": None if heldout_text is None else str(heldout_text),
+        "calibration": tuple(calibration) if calibration else None,
+        "count": _value(count),
         "trials": trials,
     }
     given = {key: value for key, value in given.items() if value is not None}
@@ -214,6 +235,7 @@ def _default_name(model: str, given: dict[str, Any], recipe: Recipe | None) -> s
     search = given.get("strategy") or (recipe or Strategy.EXACT).value
     names = ("memory", "max_kl", "max_drop")
     budgets = [f"{name}-{given[name]:g}" for name in names if name in given]
+    parts = [Path(model).name, "+".join(stored), search, *budgets]
     if not budgets:
         parts.append(f"{given.get('bits', 4):g}")
     return re.sub("[^A-Za-z0-9_.+-]+", "_", "-".join(parts))

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbits.codecs.base import Width
 from kvbits.evaluation.corpora import SetSize
+from kvbits.evaluation.sources import Counting, parse_source
 from kvbits.evaluation.tasks import TASKS
 from kvbits.plan import MODES, WIDTHS
 from kvbits.plan.modes import EXACT_BITS
@@ -76,6 +77,11 @@ class TuneSettings(BaseModel):
         seed: Of the generated documents, NSGA-II and the random plans.
         text: Path of calibration text; the bundled sample by default.
         heldout_text: Path of the text to verify on; the bundled held-out sample by default.
+        calibration: Domains in place of text, reasoning and recall, as ``evaluation.sources``
+            reads them: ``code``, ``chat=prompts.jsonl``, ``wiki=hf:NAME``, ``x=task:copy``.
+        count: Of documents with questions, count the ``answers`` only or ``all`` tokens.
+        chat_documents: Conversations per split.
+        answer_tokens: Most tokens of an answer that the model itself gives.
         text_documents: Windows of text per split; at least two, or no standard error exists.
         text_tokens: Tokens of a window.
         reasoning_documents: Arithmetic problems per split; many, because a few tokens of a few
@@ -113,6 +119,10 @@ class TuneSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     text: str | None = None
     heldout_text: str | None = None
+    calibration: tuple[str, ...] = ()
+    count: Counting = "answers"
+    chat_documents: int = Field(default=_SIZES.chat_documents, ge=2)
+    answer_tokens: int = Field(default=96, ge=1)
     text_documents: int = Field(default=_SIZES.text_documents, ge=2)
     text_tokens: int = Field(default=_SIZES.text_tokens, ge=2)
     reasoning_documents: int = Field(default=24, ge=2)
@@ -160,6 +170,13 @@ class TuneSettings(BaseModel):
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"tasks must be among {', '.join(sorted(TASKS))}, got {task!r}")
+        for source in self.calibration:
+            parse_source(source)
+        if self.calibration and self.text is not None:
+            raise ValueError(
+                "text must not be given together with calibration, which names all domains; "
+                f"give calibration text={self.text}"
+            )
         if (self.text is None) != (self.heldout_text is None):
             raise ValueError(
                 "text and heldout_text must be given together, got one of them; a plan must be "
@@ -219,4 +236,5 @@ class TuneSettings(BaseModel):
             reasoning_documents=self.reasoning_documents,
             recall_documents=self.recall_documents,
             recall_tokens=self.recall_tokens,
+            chat_documents=self.chat_documents,
         )

@@ -13,13 +13,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from kvbits.errors import CalibrationError
-from kvbits.tuning.tables import CostTable
 from kvbits.tuning.drop import SideAnswers
 from kvbits.tuning.fisher import profile_fisher
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.sensitivity import Meter, profile_errors, profile_kl
-from kvbits.tuning.tables import FloatArray, sensitivity_table
+from kvbits.tuning.tables import CostTable, FloatArray, sensitivity_table
 
 Signal: TypeAlias = Literal["kl", "fisher", "e_o", "accuracy"]
 ANCHORS = "anchor.jsonl"

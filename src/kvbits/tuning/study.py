@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvbits.errors import UnsupportedModelError
-from kvbits.evaluation.corpora import TokenSet, default_sets
+from kvbits.evaluation.corpora import DataSplit, TokenSet, default_sets
+from kvbits.evaluation.sources import Wanted, counting_all, source_sets
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning import rivals
@@ -25,7 +26,7 @@ from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
 from kvbits.tuning.drop import Answers, DropLimit, SideAnswers
 from kvbits.tuning.front import Findings, front_document, plan_with_account
-from kvbits.tuning.identity import Data, identity, versions
+from kvbits.tuning.identity import Data, documents, identity, versions
 from kvbits.tuning.problem import Problem, build_problem
 from kvbits.tuning.progress import Progress, Silent
 from kvbits.tuning.prune import pareto_sets
@@ -34,10 +35,12 @@ from kvbits.tuning.search.optuna_samplers import check_optuna
 from kvbits.tuning.search.trials import Limit, Space
 from kvbits.tuning.sensitivity import Meter, profile_errors
 from kvbits.tuning.settings import DEFAULT_BITS, TuneSettings
-from kvbits.tuning.strategies import Found, Search, search
 from kvbits.tuning.signals import SIGNALS, Profiling
+from kvbits.tuning.strategies import Found, Search, search
 from kvbits.tuning.tables import CostTable, FloatArray
 from kvbits.tuning.verify import TaskSettings, Verifier
+
+SPLITS: tuple[DataSplit, ...] = ("calibration", "heldout")
 
 
 class TuneResult(NamedTuple):
@@ -91,11 +94,12 @@ def tune(
     limit = limit_of(settings, candidates, costs)
     if settings.strategy in ("nsga2", "tpe"):
         check_optuna()
-    data = data or default_data(tokenizer, settings)
+    data = data or default_data(tokenizer, settings, model)
     _check_weights(settings, data.calibration)
     run, progress = RunDir(run_dir), progress or Silent()
     with run.lock():
         run.check_identity(identity(model, settings, data))
+        run.write_json("documents.json", documents(data))
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)
         answers = _answers(model, tokenizer, settings, candidates, run, progress)
@@ -110,13 +114,27 @@ def tune(
     return TuneResult(plan, document, run.path)
 
 
-def default_data(tokenizer: Any, settings: TuneSettings) -> Data:
-    """Return text, reasoning and recall documents; no document is in both splits."""
+def default_data(tokenizer: Any, settings: TuneSettings, model: Any = None) -> Data:
+    """Return the documents of the study's domains; no document is in both splits.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        settings: Names the domains; text, reasoning and recall by default.
+        model: Answers prompts, where a domain has some.
+    """
+    texts = {"calibration": settings.text, "heldout": settings.heldout_text}
+    return Data(*(_sets(tokenizer, settings, model, split, texts[split]) for split in SPLITS))
+
+
+def _sets(
+    tokenizer: Any, settings: TuneSettings, model: Any, split: DataSplit, text: str | None
+) -> list[TokenSet]:
     size, seed = settings.sizes, settings.seed
-    return Data(
-        default_sets(tokenizer, "calibration", size=size, seed=seed, text=settings.text),
-        default_sets(tokenizer, "heldout", size=size, seed=seed, text=settings.heldout_text),
-    )
+    if settings.calibration:
+        wanted = Wanted(tokenizer, model, split, size, seed, settings.answer_tokens)
+        return source_sets(settings.calibration, wanted, settings.count)
+    sets = default_sets(tokenizer, split, size=size, seed=seed, text=text)
+    return [counting_all(each) for each in sets] if settings.count == "all" else sets
 
 
 def _candidates(model: Any, settings: TuneSettings, make: MakePlan | None = None) -> Candidates:
