@@ -175,3 +175,44 @@ def test_one_pass_over_all_domains_is_told_apart_again(tiny_model_dir, config, t
     )
     again = cost.Memo(None, sets, candidates, RunDir(tmp_path), "calibration")
     assert again((1, 1, 1)) == together
+
+
+# ----- calibration domains
+
+
+def plan_record(budget, expected, share, n=100):
+    correct = [i < round(share * n) for i in np.random.default_rng(0).permutation(n)]
+    return {"budget": budget, "expected": expected,
+            "correct": dict.fromkeys(("arithmetic", "copy", "facts", "lines"), correct)}  # fmt: skip
+
+
+def test_predictors_are_ranked_by_what_they_say_of_accuracy():
+    """One orders plans as accuracy does, one knows their size alone, one is noise."""
+    domains = load("calibration-domains")
+    domains.RESAMPLES = 200
+    generator = np.random.default_rng(1)
+    records = [plan_record(16.0, {"good": 0.0, "size": -16.0, "noise": 0.0}, 1.0)]
+    for index in range(42):
+        bits, harm = (2.75, 3.25, 3.75)[index % 3], float(generator.uniform(0, 0.2))
+        share = 0.5 + 0.12 * bits - harm
+        expected = {"good": -share, "size": -bits, "noise": float(generator.normal())}
+        records.append(plan_record(bits, expected, share))
+    rows = {name: (overall, within) for name, overall, within in domains.ranking(records)}
+    assert next(iter(rows)) == "good"
+    assert rows["good"][0].value > 0.98
+    assert rows["size"][1].value == 0.0
+    assert 0.3 < rows["size"][0].value < rows["good"][0].value
+    assert rows["noise"][0].low < 0 < rows["noise"][0].high
+    assert "| good | " in domains.table(records)
+    assert domains.reliability(records[1:]) > 0.9
+
+
+def test_plans_of_the_domain_study_fill_three_sizes(config):
+    domains = load("calibration-domains")
+    problem = problem_of(of_methods(config, ["per-token"], domains.WIDTHS))
+    smallest = problem.costs.effective_bits((9,) * 3)
+    domains.BUDGETS = tuple(smallest + extra for extra in (0.5, 1.0, 1.5))
+    drawn = domains.choices(problem, 12)
+    assert len({choice for _, choice in drawn}) == 12
+    assert {bits for bits, _ in drawn} == set(domains.BUDGETS)
+    assert all(problem.costs.effective_bits(choice) <= bits for bits, choice in drawn)

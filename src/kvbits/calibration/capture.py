@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from kvbits.attention.hf import packed_attention, packed_mask
 from kvbits.calibration.attention import attending_by
+from kvbits.calibration.placement import input_device
 from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import SIDES, Side
 
@@ -65,7 +66,7 @@ def observe(
         raise CalibrationError("documents must hold one of at least 2 tokens, got none")
     with _frozen(model):
         for document in usable:
-            ids = document.to(model.device)[None]
+            ids = document.to(input_device(model))[None]
             tap = _Tap(model.config, with_gradients)
             watched: AbstractContextManager[None] = nullcontext()
             if with_queries:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import GenerationConfig
 
+from kvbits.calibration.placement import input_device
 from kvbits.errors import CalibrationError
 from kvbits.evaluation.token_set import Segment, encode_continuation, encode_document
 
@@ -140,7 +141,7 @@ def _generate(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     with torch.no_grad(), _greedy(model):
         output = model.generate(
             ids.to(device),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvbits.calibration.attention import Observed
 from kvbits.codecs import Codec, EncodeContext
-from kvbits.errors import CalibrationError
+from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import LayerPlan
 from kvbits.tuning.tables import Row, place_of
 
@@ -114,5 +114,15 @@ class ErrorSums:
             self._documents[row] += 1
 
     def means(self) -> Tensor:
-        """Return the means over documents, ``[L, P, 4]``, float64."""
+        """Return the means over documents, ``[L, P, 4]``, float64.
+
+        Raises:
+            UnsupportedModelError: A layer never attended where it can be seen.
+        """
+        unseen = [layer for layer, number in self._documents.items() if not number]
+        if unseen:
+            raise UnsupportedModelError(
+                "model must attend by transformers' attention interface for the errors of its "
+                f"attention to be seen, got nothing of layer {unseen[0]}"
+            )
         return torch.stack([s / self._documents[layer] for layer, s in self._sums.items()])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvbits._version import __version__
+from kvbits.calibration.placement import stored_parameters
 from kvbits.errors import CalibrationError
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.geometry import ModelGeometry
@@ -107,8 +108,12 @@ def versions() -> dict[str, str]:
 def weights_checksum(model: Any, values_per_tensor: int = 4096) -> str:
     """Return a SHA-256 over evenly spaced values of every parameter: cheap for any model size."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(stored_parameters(model), key=lambda named: named[0]):
         flat = parameter.detach().flatten()
+        if flat.device.type == "meta":
+            raise CalibrationError(
+                f"weights of the model must be within reach, got {name} on the meta device"
+            )
         sample = flat[:: max(1, flat.numel() // values_per_tensor)].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(sample.contiguous().numpy().tobytes())

@@ -16,6 +16,7 @@ import numpy as np
 from kvbits.errors import UnsupportedModelError
 from kvbits.evaluation.corpora import DataSplit, TokenSet, default_sets
 from kvbits.evaluation.sources import Wanted, counting_all, source_sets
+from kvbits.evaluation.stream import reads_packed
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning import rivals
@@ -187,7 +188,9 @@ def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> No
 def _search(study: _Study) -> tuple[Problem, Found]:
     settings, costs, run = study.settings, study.costs, study.run
     meter = Meter(study.model, study.data.calibration, study.candidates)
-    error_records = profile_errors(meter, run=run, progress=study.progress)
+    is_seen = reads_packed(study.model)
+    if is_seen:
+        error_records = profile_errors(meter, run=run, progress=study.progress)
     sides = SideAnswers(
         study.model, study.tokenizer, study.candidates, _problems_of(settings), run
     )
@@ -199,10 +202,14 @@ def _search(study: _Study) -> tuple[Problem, Found]:
         objective=settings.objective,
         weights=settings.domain_weights,
     )
-    errors = np.array([record["e_o"] for record in error_records]).reshape(costs.units.shape)
+    if is_seen:
+        errors = np.array([record["e_o"] for record in error_records]).reshape(costs.units.shape)
+        space = _prune(study, "e_o", errors)
+    else:  # attention of the model's own does not show what it caches
+        space = _prune(study, settings.sensitivity, problem.loss.max(axis=0))
     given = Search(
         problem,
-        _prune(study, errors),
+        space,
         meter.document_kl,
         settings,
         study.limit,
@@ -213,8 +220,8 @@ def _search(study: _Study) -> tuple[Problem, Found]:
     return problem, search(given)
 
 
-def _prune(study: _Study, errors: FloatArray) -> Space:
-    """Prune and cluster on e_o; write ``pruned.json``."""
+def _prune(study: _Study, sensitivity: str, errors: FloatArray) -> Space:
+    """Prune and cluster on e_o, or what the programme adds up; write ``pruned.json``."""
     costs, layers = study.costs, study.candidates.layers
     kept = pareto_sets(costs, errors)
     groups = cluster_layers(kept, errors)
@@ -224,7 +231,7 @@ def _prune(study: _Study, errors: FloatArray) -> Space:
     }
     named = [[layers[row] for row in group] for group in groups]
     study.run.write_json(
-        "pruned.json", {"sensitivity": "e_o", "candidates": candidates, "groups": named}
+        "pruned.json", {"sensitivity": sensitivity, "candidates": candidates, "groups": named}
     )
     return Space(groups, tuple(kept[group[0]] for group in groups))
 
