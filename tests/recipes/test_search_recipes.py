@@ -182,8 +182,9 @@ def test_one_pass_over_all_domains_is_told_apart_again(tiny_model_dir, config, t
 
 def plan_record(budget, expected, share, n=100):
     correct = [i < round(share * n) for i in np.random.default_rng(0).permutation(n)]
-    return {"budget": budget, "expected": expected,
-            "correct": dict.fromkeys(("arithmetic", "copy", "facts", "lines"), correct)}  # fmt: skip
+    tasks = ("arithmetic", "copy", "facts", "lines")
+    solved = dict.fromkeys(tasks, correct)
+    return {"budget": budget, "expected": expected, "correct": solved}
 
 
 def test_predictors_are_ranked_by_what_they_say_of_accuracy():

@@ -26,11 +26,12 @@ def input_device(model: Any) -> torch.device:
 def stored_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter by name; the values of those that are kept on disk, too.
 
-    A parameter whose values cannot be found is on the device ``meta``.
+    Names are those of ``named_parameters``, tied ones once. A parameter whose values cannot be
+    found is on the device ``meta``.
     """
-    for prefix, module in model.named_modules(remove_duplicate=True):
-        for name, parameter in module.named_parameters(recurse=False):
-            yield f"{prefix}.{name}".lstrip("."), _stored(module, name, parameter)
+    for path, parameter in model.named_parameters():
+        prefix, _, name = path.rpartition(".")
+        yield path, _stored(model.get_submodule(prefix), name, parameter)
 
 
 def _stored(module: Any, name: str, parameter: Tensor) -> Tensor:

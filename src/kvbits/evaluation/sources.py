@@ -22,10 +22,10 @@ import torch
 from kvbits.errors import CalibrationError
 from kvbits.evaluation import corpora
 from kvbits.evaluation.chat import Turns, answered, as_segments, read_turns
-from kvbits.evaluation.corpora import DataSplit, SetSize, padded_set, task_set, text_set
+from kvbits.evaluation.corpora import DataSplit, SetSize, task_set, text_set
 from kvbits.evaluation.tasks import TASKS
 from kvbits.evaluation.texts import dataset_texts, read_texts
-from kvbits.evaluation.token_set import TokenSet
+from kvbits.evaluation.token_set import TokenSet, padded_set
 
 Counting: TypeAlias = Literal["answers", "all"]
 CODE_FILES = 64

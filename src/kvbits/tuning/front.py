@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvbits.evaluation.token_set import TokenSet, dataset
-from kvbits.layer_plan import SIDES, LayerPlan
+from kvbits.layer_plan import LayerPlan
 from kvbits.plan import CachePlan, Metric, Provenance
 from kvbits.tuning import rivals
 from kvbits.tuning.budget import bought
@@ -114,8 +114,11 @@ def _mean_pair(layer: LayerPlan) -> list[float]:
     """Widths of a layer's keys and values; the mean over its heads where those differ."""
     heads = [len(group.heads or (0,)) for group in layer.groups]
     sums = [
-        sum(n * group.codec(side).bits for n, group in zip(heads, layer.groups, strict=True))
-        for side in SIDES
+        sum(n * bits for n, bits in zip(heads, widths, strict=True))
+        for widths in (
+            [group.key.bits for group in layer.groups],
+            [group.value.bits for group in layer.groups],
+        )
     ]
     return [_whole(each / sum(heads)) for each in sums]
 

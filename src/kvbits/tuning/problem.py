@@ -88,8 +88,9 @@ def build_problem(
         objective: What is minimised.
         weights: Of the domains, ``[domains]``; equal by default.
     """
-    is_table = isinstance(table, SensitivityTable)
-    kl_nats = table.candidate_kl(costs.candidates) if is_table else np.asarray(table)
+    kl_nats = (
+        table.candidate_kl(costs.candidates) if isinstance(table, SensitivityTable) else table
+    )
     weight = np.ones(len(kl_nats)) if weights is None else np.asarray(weights, float)
     norms = reference_kl(costs, kl_nats, bits)
     return Problem(costs, kl_nats, norms, weight / weight.sum(), objective)

@@ -21,7 +21,7 @@ from kvbits.tuning.attention_errors import ErrorSums, LayerErrors
 from kvbits.tuning.candidates import Candidates, SideOption
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
-from kvbits.tuning.tables import Choice
+from kvbits.tuning.tables import Choice, Row
 
 KL_RECORDS = "sensitivity.jsonl"
 ERROR_RECORDS = "errors.jsonl"
@@ -67,7 +67,7 @@ class IsolatedSide(NamedTuple):
     """One measurement of the profile: one codec of one layer on one domain, all else exact."""
 
     domain: str
-    layer: int
+    layer: Row
     label: str
 
 
