@@ -164,6 +164,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 print("out of time; run again", file=sys.stderr)
                 break
             begun = time.monotonic()
+            left = len(asked) - len(run.records(PLANS))
             expected = {p.name: p(choice) for p in predictors(meter, problem, profiles)}
             expected |= joint(problem, tuple(meter.token_sets), choice)
             run.append(
@@ -179,6 +180,8 @@ def measure(arguments: argparse.Namespace) -> None:
                 },
             )
             progress.advance()
+            took = time.monotonic() - begun
+            print(f"{took:.1f} s a plan, {took * (left - 1) / 60:.1f} min left", file=sys.stderr)
         progress.finish()
 
 
@@ -227,11 +230,15 @@ def correlation(x: FloatArray, y: FloatArray, groups: FloatArray | None = None) 
         if groups is None:
             return spearman(x[index], y[index])
         each = [index[groups[index] == group] for group in np.unique(groups)]
-        return float(np.mean([spearman(x[i], y[i]) for i in each if len(i) > 2]))
+        found = [spearman(x[i], y[i]) for i in each if len(i) > 2]
+        return float(np.mean(found)) if found else float("nan")
 
+    whole = value(np.arange(len(x)))
+    if np.isnan(whole):  # too few plans of every size
+        return Correlation(whole, whole, whole)
     drawn = [value(generator.integers(0, len(x), len(x))) for _ in range(RESAMPLES)]
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return Correlation(value(np.arange(len(x))), float(low), float(high))
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
+    return Correlation(whole, float(low), float(high))
 
 
 def accuracies(records: Sequence[Mapping[str, Any]], task: str | None = None) -> FloatArray:
@@ -307,7 +314,7 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set(xlabel="Spearman correlation with the accuracy of held-out tasks [95 %]")
     axes.axvline(0, color="grey", linewidth=1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower left", fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
 
