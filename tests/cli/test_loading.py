@@ -7,10 +7,18 @@ import pytest
 from kvbits.cli import models
 
 
-def test_a_sharded_model_is_placed_by_accelerate(tiny_model_dir):
+def test_a_sharded_model_is_placed_by_accelerate_and_not_moved(tiny_model_dir, monkeypatch):
     pytest.importorskip("accelerate", reason="needs the extra `sharded`")
+    asked, fetch = [], models._fetch
+
+    def spy(load, name, **settings):
+        asked.append(settings)
+        return fetch(load, name, **settings)
+
+    monkeypatch.setattr(models, "_fetch", spy)
+    monkeypatch.setattr("torch.nn.Module.to", None)
     loaded = models.load_model(str(tiny_model_dir), "sharded")
-    assert loaded.model.hf_device_map
+    assert asked[-1]["device_map"] == "auto"
     assert not loaded.model.training
 
 
