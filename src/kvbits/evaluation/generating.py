@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from kvbits.calibration.placement import input_device
+
 
 class _StopStrings(StoppingCriteria):  # type: ignore[misc]
     """Ends a row once its completion holds one of the stop strings."""
@@ -59,8 +61,8 @@ def complete(
     criteria = [_StopStrings(tokenizer, stop, width)] if stop else []
     with torch.no_grad():
         output = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            ids.to(input_device(model)),
+            attention_mask=mask.to(input_device(model)),
             past_key_values=cache,
             do_sample=False,
             max_new_tokens=max_new_tokens,
