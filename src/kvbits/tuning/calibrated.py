@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -36,3 +37,9 @@ def calibrating(
         return plan
 
     return make
+
+
+def checksums(run: RunDir) -> dict[str, str]:
+    """Return the SHA-256 of every plan that was calibrated; each names its arrays by theirs."""
+    files = sorted(run.file(FOLDER).glob("*.json"))
+    return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

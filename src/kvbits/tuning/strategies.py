@@ -26,6 +26,7 @@ from kvbits.tuning.search.trials import (
 )
 from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import Allocation, Choice
+from kvbits.tuning.team import Alone, Team
 
 
 class Search(NamedTuple):
@@ -39,6 +40,7 @@ class Search(NamedTuple):
         limit: The budget.
         run: Takes the records of trials.
         progress: Told about trials.
+        team: Measures them.
     """
 
     problem: Problem
@@ -48,6 +50,7 @@ class Search(NamedTuple):
     limit: Limit
     run: RunDir
     progress: Progress
+    team: Team = Alone()
 
     def trials(self, proposer: Proposer, most: int, stage: str = "search") -> Measured:
         """Run or resume trials."""
@@ -59,6 +62,7 @@ class Search(NamedTuple):
             run=self.run,
             progress=self.progress,
             stage=stage,
+            team=self.team,
         )
 
 
@@ -134,14 +138,21 @@ def _nsga2(given: Search) -> tuple[Proposer, int]:
 
 
 def _tpe(given: Search) -> tuple[Proposer, int]:
-    return _by_optuna(given, tpe(given.settings.population))
+    settings = given.settings
+    return _by_optuna(given, tpe(settings.population, is_parallel=settings.parallel > 1))
 
 
 def _by_optuna(given: Search, sampler: Callable[..., object]) -> tuple[Proposer, int]:
+    settings = given.settings
     proposer = OptunaProposer(
-        given.problem, given.space, given.limit, sampler, seed=given.settings.seed
+        given.problem,
+        given.space,
+        given.limit,
+        sampler,
+        seed=settings.seed,
+        parallel=settings.parallel,
     )
-    return proposer, given.settings.trials
+    return proposer, settings.trials
 
 
 def _moead(given: Search) -> tuple[Proposer, int]:
@@ -152,6 +163,7 @@ def _moead(given: Search) -> tuple[Proposer, int]:
         given.limit,
         population=settings.population,
         seed=settings.seed,
+        parallel=settings.parallel,
     )
     return proposer, settings.trials
 

@@ -19,7 +19,7 @@ from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning import rivals
 from kvbits.tuning.budget import limit_of
-from kvbits.tuning.calibrated import calibrating
+from kvbits.tuning.calibrated import calibrating, checksums
 from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
@@ -39,6 +39,7 @@ from kvbits.tuning.tables import (
     FloatArray,
     sensitivity_table,
 )
+from kvbits.tuning.team import Alone, Team
 from kvbits.tuning.verify import TaskSettings, Verifier
 
 
@@ -60,6 +61,7 @@ class _Study(NamedTuple):
     limit: Limit
     run: RunDir
     progress: Progress
+    team: Team
 
 
 def tune(
@@ -70,6 +72,7 @@ def tune(
     progress: Progress | None = None,
     *,
     data: Data | None = None,
+    team: Team | None = None,
 ) -> TuneResult:
     """Find a plan for a budget, verify it, and write ``plan.json`` and ``front.json``.
 
@@ -80,6 +83,7 @@ def tune(
         run_dir: Created, or continued where it belongs to the same study.
         progress: Told about stages and steps.
         data: Token sets in place of the default ones for text, reasoning and recall.
+        team: Measures; this process alone by default (``kvbits.tuning.scale`` has others).
 
     Raises:
         RecordError: ``run_dir`` was made with other settings, data or another model, is in use
@@ -94,13 +98,17 @@ def tune(
         check_optuna()
     data = data or default_data(tokenizer, settings)
     _check_weights(settings, data.calibration)
-    run, progress = RunDir(run_dir), progress or Silent()
+    run, progress, team = RunDir(run_dir), progress or Silent(), team or Alone()
     with run.lock():
-        run.check_identity(identity(model, settings, data))
+        known = identity(model, settings, data)
+        run.check_identity(known)
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)
-        study = _Study(model, tokenizer, settings, data, candidates, costs, limit, run, progress)
-        findings = _verify(study, *_search(study))
+        with team.join({**known, "calibrated": checksums(run)}, run):
+            study = _Study(
+                *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, team)
+            )
+            findings = _verify(study, *_search(study))
         document = front_document(findings)
         plan = plan_with_account(findings, data.calibration, versions())
         run.write_json("front.json", document)
@@ -147,9 +155,9 @@ def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> No
 def _search(study: _Study) -> tuple[Problem, Found]:
     settings, costs, run = study.settings, study.costs, study.run
     meter = Meter(study.model, study.data.calibration, study.candidates)
-    error_records = profile_errors(meter, run=run, progress=study.progress)
+    error_records = profile_errors(meter, run=run, progress=study.progress, team=study.team)
     table = sensitivity_table(
-        profile_kl(meter, run=run, progress=study.progress),
+        profile_kl(meter, run=run, progress=study.progress, team=study.team),
         domains=tuple(meter.token_sets),
         sides=[option.label for option in study.candidates.sides],
         layers=study.candidates.layers,
@@ -170,6 +178,7 @@ def _search(study: _Study) -> tuple[Problem, Found]:
         study.limit,
         run,
         study.progress,
+        study.team,
     )
     return problem, search(given)
 
@@ -206,6 +215,7 @@ def _verify(study: _Study, problem: Problem, found: Found) -> Findings:
         study.tokenizer,
         TaskSettings(settings.tasks, settings.task_n, settings.seed),
         study.run,
+        study.team,
     )
     domains = tuple(token_set.domain for token_set in study.data.calibration)
     findings = Findings(

@@ -73,6 +73,10 @@ class CorrectedProposer:
         self._turn = 0
         self.measured: dict[Choice, Record] = {}
 
+    @property
+    def independent(self) -> int:
+        return max(1, len(self._first))
+
     def ask(self) -> Choice | None:
         if self._first:
             return self._first.pop(0)

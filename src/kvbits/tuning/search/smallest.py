@@ -20,6 +20,8 @@ class SmallestProposer:
         kl_nats: Most KL of any domain, nats per token.
     """
 
+    independent = 1
+
     def __init__(self, problem: Problem, kl_nats: float) -> None:
         self._problem, self._limit, self._asked = problem, kl_nats, kl_nats
         self._is_done = False

@@ -1,0 +1,1 @@
+"""Several processes and hosts that work on one study."""
