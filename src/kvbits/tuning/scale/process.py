@@ -36,7 +36,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """When a process started, in ticks since boot; 0 where none runs or the system does not say."""
+    """When a process started, in ticks since boot; 0 where none runs or that cannot be known."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

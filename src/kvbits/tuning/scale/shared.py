@@ -77,6 +77,7 @@ class Shared:
                 yield
             finally:
                 stopped.set()
+                pulse.join()  # or it might end with the lock of a journal in its hand
                 if self._helpers:
                     self._helpers.stop()
 

@@ -103,26 +103,30 @@ def _help(job: Job, index: int, folder: str, address: str, study: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch
-
-    from kvbits.tuning.scale.shared import Shared
-    from kvbits.tuning.study import tune
-
     device = job.devices[index]
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # where Triton launches
     try:
-        model, tokenizer = job.load(device)
-        team = Shared(address, study)
-        tune(model, tokenizer, job.settings, folder, data=job.data, team=team)
+        _tune(job, device, folder, address, study)
     except KeyboardInterrupt:
         sys.exit(0)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         print(f"kvbits: worker {index + 2} on {device}: {reason}", file=sys.stderr)
         sys.exit(1)
+
+
+def _tune(job: Job, device: str, folder: str, address: str, study: str) -> None:
+    import torch
+
+    from kvbits.tuning.scale.shared import Shared
+    from kvbits.tuning.study import tune
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # where Triton launches
+    model, tokenizer = job.load(device)
+    team = Shared(address, study)
+    tune(model, tokenizer, job.settings, folder, data=job.data, team=team)
 
 
 def _leave(*_: object) -> None:
