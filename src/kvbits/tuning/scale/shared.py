@@ -97,6 +97,8 @@ class Shared:
             for key in left.keys() & records.keys():
                 yield left.pop(key), records[key]
                 pause = FIRST_PAUSE_S
+            if left and self._helpers:
+                self._helpers.tend()
             claim = self._claim(kind, list(left))
             if claim is not None:
                 pause = FIRST_PAUSE_S
@@ -104,8 +106,6 @@ class Shared:
             elif left:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
-            if left and self._helpers:
-                self._helpers.tend()
 
     def _publish(self, kind: Kind, known: Mapping[str, Record]) -> None:
         """Give the others what this process measured before it shared the study."""
