@@ -17,7 +17,9 @@ def process_name() -> str:
 
 def is_gone(name: str) -> bool | None:
     """Whether a process has ended; None where it runs on another machine or cannot be told."""
-    machine, pid, start = name.rsplit("/", 2)
+    if name.count("/") != 2:
+        return None
+    machine, pid, start = name.split("/")
     if machine != _machine() or start == "0":
         return None
     return _start_of(int(pid)) != start

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbits.errors import StorageError
+from kvbits.tuning.scale.lock import OwnedLock
 from kvbits.tuning.search.optuna_samplers import check_optuna
 
 FORMS = "journal:PATH, sqlite:PATH or postgresql://USER@HOST/DATABASE"
@@ -66,7 +67,7 @@ def _journal(address: str) -> Any:
 
     path = _path(address)
     try:
-        return JournalStorage(JournalFileBackend(str(path)))
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=OwnedLock(path)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"storage must be a journal of Optuna, got {address}, which holds something else; "
