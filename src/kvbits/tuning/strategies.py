@@ -19,14 +19,13 @@ from kvbits.tuning.search.trials import (
     Limit,
     Listed,
     Proposer,
-    Record,
     Space,
     measured_front,
     run_trials,
 )
 from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import Allocation, Choice
-from kvbits.tuning.team import Alone, Team
+from kvbits.tuning.team import Alone, Record, Team
 
 
 class Search(NamedTuple):

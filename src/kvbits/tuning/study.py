@@ -19,7 +19,7 @@ from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning import rivals
 from kvbits.tuning.budget import limit_of
-from kvbits.tuning.calibrated import calibrating, checksums
+from kvbits.tuning.calibrated import calibrating, check_calibrated
 from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
@@ -99,16 +99,16 @@ def tune(
     data = data or default_data(tokenizer, settings)
     _check_weights(settings, data.calibration)
     run, progress, team = RunDir(run_dir), progress or Silent(), team or Alone()
-    with run.lock():
-        known = identity(model, settings, data)
+    known = identity(model, settings, data)
+    with run.lock(), team.join(known, run):
         run.check_identity(known)
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)
-        with team.join({**known, "calibrated": checksums(run)}, run):
-            study = _Study(
-                *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, team)
-            )
-            findings = _verify(study, *_search(study))
+        check_calibrated(run, team)
+        study = _Study(
+            *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, team)
+        )
+        findings = _verify(study, *_search(study))
         document = front_document(findings)
         plan = plan_with_account(findings, data.calibration, versions())
         run.write_json("front.json", document)

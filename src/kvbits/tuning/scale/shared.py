@@ -39,6 +39,7 @@ class Shared:
 
     Raises:
         ValueError: ``address`` has another form.
+        StorageError: It cannot be opened.
         ImportError: Optuna or a database driver is missing.
     """
 
@@ -51,6 +52,7 @@ class Shared:
         grace_s: float = GRACE_S,
     ) -> None:
         check_address(address or f"journal:{JOURNAL}")
+        self._storage = open_storage(address) if address else None
         self._address, self._name, self._grace_s = address, study, grace_s
         self._helpers = helpers
         self._ledger: Ledger
@@ -60,13 +62,14 @@ class Shared:
         """Work on a study; the others of this host leave it together with this process.
 
         Raises:
-            StorageError: The storage cannot be opened, or is lost on the way.
+            StorageError: The storage is lost on the way.
             RecordError: It holds another study under this name.
         """
         address = self._address or f"journal:{run.file(JOURNAL)}"
         stopped = threading.Event()
         with _named(address):
-            self._ledger = Ledger(open_storage(address), self._name, grace_s=self._grace_s)
+            storage = self._storage or open_storage(address)
+            self._ledger = Ledger(storage, self._name, grace_s=self._grace_s)
             self._ledger.check_identity(_portable(identity))
             self._ledger.beat()
             pulse = threading.Thread(target=self._keep_beating, args=(stopped,), daemon=True)

@@ -56,7 +56,8 @@ class Helpers:
     """
 
     def __init__(self, job: Job, *, start_method: str = "spawn") -> None:
-        self._job, self._context = job, multiprocessing.get_context(start_method)
+        self._job = job
+        self._context: Any = multiprocessing.get_context(start_method)
         self._starts = [0] * len(job.devices)
         self._processes: dict[int, Any] = {}
         self._place: tuple[RunDir, str, str] | None = None

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kvbits.tuning.problem import Problem
-from kvbits.tuning.search.trials import Limit, Record, Space
+from kvbits.tuning.search.trials import Limit, Space
 from kvbits.tuning.tables import Choice, FloatArray, IntArray
+from kvbits.tuning.team import Record
 
 NEIGHBOURS = 0.2  # share of the population that mates and is replaced together
 LOCAL_MATING = 0.9  # probability that parents are neighbours

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from kvbits.tuning.problem import Problem
-from kvbits.tuning.search.trials import Limit, Record, Space
+from kvbits.tuning.search.trials import Limit, Space
 from kvbits.tuning.tables import Choice
+from kvbits.tuning.team import Record
 
 
 def check_optuna(use: str = "the strategies nsga2 and tpe") -> None:

@@ -6,8 +6,8 @@ import numpy as np
 
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.search.exact import smallest
-from kvbits.tuning.search.trials import Record
 from kvbits.tuning.tables import Choice
+from kvbits.tuning.team import Record
 
 
 class SmallestProposer:
