@@ -10,7 +10,8 @@ from kvbits.tuning.scale.storage import check_address, open_storage, shown
 
 
 @pytest.mark.parametrize(
-    "address", ["mysql://root:secret@db/x", "shared.db", "", "journal:", "redis:x"]
+    "address",
+    ["mysql://root:secret@db/x", "shared.db", "", "journal:", "redis:x", "postgresql:secret"],
 )
 def test_address_of_another_form_is_refused_without_its_password(address):
     with pytest.raises(ValueError, match=r"storage must be journal:PATH, sqlite:PATH") as caught:
@@ -60,6 +61,7 @@ def test_missing_optuna_is_named_with_its_remedy(monkeypatch):
 def test_addresses_are_shown_without_passwords():
     assert shown("postgresql://me:s3:cr@t@host/db") == "postgresql://me:***@host/db"
     assert shown("postgresql://me@host/db") == "postgresql://me@host/db"
+    assert shown("postgresql://host/db?password=secret") == "postgresql://host/db"
     assert shown("journal:/a/b") == "journal:/a/b"
 
 

@@ -144,6 +144,7 @@ def test_worker_that_lost_its_claim_takes_the_other_ones_record(tmp_path, study)
 def test_of_two_claims_the_first_wins(address, study):
     storage = open_storage(address)
     first, second = Ledger(storage, study), Ledger(open_storage(address), study)
+    second.worker = "elsewhere/1/1"
     claim = first.claim(KIND, "[1]")
     assert claim is not None
     assert second.claim(KIND, "[1]") is None
@@ -153,12 +154,23 @@ def test_of_two_claims_the_first_wins(address, study):
     assert second.records(KIND) == {}
 
 
+def test_claim_left_by_an_earlier_attempt_of_this_process_is_abandoned(tmp_path, study):
+    """An interrupted notebook goes on in the process that made the claim."""
+    storage = open_storage(f"journal:{tmp_path / 'shared'}")
+    assert Ledger(storage, study).claim(KIND, "[1]") is not None
+    again = Ledger(storage, study)
+    assert again.claimed(KIND) == set()
+    assert again.claim(KIND, "[1]") is not None
+    assert again.claimed(KIND) == {"[1]"}
+
+
 def test_values_are_where_optuna_looks_for_them(address, study):
     ledger = Ledger(open_storage(address), study)
     ledger.finish(ledger.claim(KIND, "[1]"), {"loss": 0.25, "labels": ["K4V2"]})
     loaded = optuna.load_study(study_name=f"{study}/search", storage=open_storage(address))
-    assert loaded.best_value == 0.25
-    assert loaded.best_trial.user_attrs["record"]["labels"] == ["K4V2"]
+    (trial,) = loaded.trials
+    assert trial.values == [0.25]
+    assert trial.user_attrs["record"]["labels"] == ["K4V2"]
 
 
 def test_what_was_measured_alone_is_given_to_the_others(study, tmp_path):

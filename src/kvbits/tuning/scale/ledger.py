@@ -49,6 +49,7 @@ class Ledger:
         self.worker = process_name()
         self._root = self._study(Kind(""))
         self._studies: dict[Kind, int] = {}
+        self._mine: set[int] = set()
         self._beats = 0
         self._seen: dict[str, tuple[int, float]] = {}
 
@@ -86,18 +87,20 @@ class Ledger:
     def claim(self, kind: Kind, key: str) -> Claim | None:
         """Claim a measurement; None where another worker was first."""
         trial_id = self._create(kind, "RUNNING", {"key": key, "worker": self.worker})
+        self._mine.add(trial_id)
         for trial in self._trials(kind):
             if trial.user_attrs.get("key") != key or trial.state.name == "FAIL":
                 continue
             if trial._trial_id == trial_id:
                 return Claim(kind, trial_id)
-            if trial.state.name == "COMPLETE" or not self._is_dead(trial.user_attrs["worker"]):
+            if trial.state.name == "COMPLETE" or not self._is_abandoned(trial):
                 break
         self.give_up(Claim(kind, trial_id))
         return None
 
     def finish(self, claim: Claim, record: Record) -> bool:
         """Hand in a record; False where the claim was lost to another worker meanwhile."""
+        self._mine.discard(claim.trial_id)
         try:
             self._storage.set_trial_user_attr(claim.trial_id, "record", dict(record))
             self._set_state(claim.trial_id, "COMPLETE", _values(claim.kind, record))
@@ -107,6 +110,7 @@ class Ledger:
 
     def give_up(self, claim: Claim) -> None:
         """Leave a measurement to others."""
+        self._mine.discard(claim.trial_id)
         self._fail(claim.trial_id)
 
     def publish(self, kind: Kind, records: Iterable[tuple[str, Record]]) -> None:
@@ -117,14 +121,19 @@ class Ledger:
 
     def _running(self, kind: Kind) -> list[Any]:
         running = [trial for trial in self._trials(kind) if trial.state.name == "RUNNING"]
-        dead = [trial for trial in running if self._is_dead(trial.user_attrs["worker"])]
-        for trial in dead:
+        abandoned = [trial for trial in running if self._is_abandoned(trial)]
+        for trial in abandoned:
             self._fail(trial._trial_id)
-        return [trial for trial in running if trial not in dead]
+        return [trial for trial in running if trial not in abandoned]
+
+    def _is_abandoned(self, trial: Any) -> bool:
+        """Whether nobody works on a claim: its worker is dead, or began anew in one process."""
+        worker = trial.user_attrs["worker"]
+        if worker == self.worker:
+            return trial._trial_id not in self._mine
+        return self._is_dead(worker)
 
     def _is_dead(self, worker: str) -> bool:
-        if worker == self.worker:
-            return False
         gone = is_gone(worker)
         if gone is not None:
             return gone

@@ -28,8 +28,9 @@ def check_address(address: str) -> None:
         ValueError: It has another form.
         ImportError: Optuna or a database driver is missing.
     """
-    scheme, separator, rest = address.partition(":")
-    if not separator or not rest or scheme.split("+")[0] not in _OPENERS:
+    scheme, _, rest = address.partition(":")
+    has_form = rest.startswith("//") if scheme.startswith("postgresql") else bool(rest)
+    if scheme.partition("+")[0] not in _OPENERS or not has_form:
         # Not the address itself, which may hold a password.
         raise ValueError(f"storage must be {FORMS}, got {scheme or 'nothing'!r} before the colon")
     check_optuna("studies with several workers or a storage")
@@ -53,11 +54,11 @@ def open_storage(address: str) -> Any:
 
 
 def shown(address: str) -> str:
-    """Return an address without its password."""
-    head, separator, tail = address.rpartition("@")
+    """Return an address without its password, and without parameters, which may hold it too."""
+    head, separator, tail = address.partition("?")[0].rpartition("@")
     scheme, slashes, user = head.partition("://")
     if not separator or ":" not in user:
-        return address
+        return address.partition("?")[0]
     return f"{scheme}{slashes}{user.partition(':')[0]}:***@{tail}"
 
 

@@ -93,7 +93,7 @@ class Helpers:
             shutil.copytree(run.file(CALIBRATED), folder / CALIBRATED, dirs_exist_ok=True)
         self._starts[index] += 1
         process = self._context.Process(
-            target=_help, args=(self._job, index, str(folder), address, study)
+            target=_help, args=(self._job, index, str(folder), address, study), daemon=True
         )
         process.start()
         self._processes[index] = process
