@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
-from kvbits.cli.failures import INTERRUPTED, fail, interrupted_by_sigterm, one_line_errors
+from kvbits.cli.failures import INTERRUPTED, fail, one_line_errors
 from kvbits.cli.options import (
     DeviceName,
     Dtype,
@@ -20,6 +19,15 @@ from kvbits.cli.options import (
     ModelName,
     Seed,
     Verbose,
+)
+from kvbits.cli.sharing import (
+    Parallel,
+    Sharing,
+    Storage,
+    Study,
+    Workers,
+    tune_shared,
+    with_parallel,
 )
 
 
@@ -119,28 +127,10 @@ def tune(
         Path | None, typer.Option(help="Text of the same kind to verify on.")
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Plans to measure.")] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes that measure on this host, one a GPU.")
-    ] = 1,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Shared with other hosts: journal:PATH, sqlite:PATH or postgresql://..; start "
-            "the same command on each.",
-        ),
-    ] = None,
-    study: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name in the storage; default: kvbits.")
-    ] = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Trials that moead, nsga2 and tpe propose before the first of them is known; "
-            "default: 1, or their population with several workers.",
-        ),
-    ] = None,
+    workers: Workers = 1,
+    storage: Storage = None,
+    study: Study = None,
+    parallel: Parallel = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default under runs/.")
     ] = None,
@@ -172,11 +162,9 @@ def tune(
         "parallel": parallel,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    if study is not None and storage is None:
-        fail("--study must be given with --storage, got it alone")
+    sharing = Sharing.of(workers, storage, study)
     run_dir = output or Path("runs") / _default_name(model, given, recipe)
     try:
-        sharing = Sharing(workers, storage, study)
         _tune(model, run_dir, device, dtype.value, given, recipe, sharing)
     except KeyboardInterrupt:
         fail(
@@ -215,19 +203,6 @@ def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     return tuple(float(part) if "." in part else int(part) for part in parts)
 
 
-class Sharing(NamedTuple):
-    """Who else measures for the study."""
-
-    workers: int
-    storage: str | None
-    study: str | None
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether anyone does."""
-        return self.workers > 1 or self.storage is not None
-
-
 def _tune(
     name: str,
     run_dir: Path,
@@ -244,48 +219,14 @@ def _tune(
     from kvbits.tuning.settings import RECIPES, TuneSettings
 
     settings = TuneSettings(**given, **_of_recipe(given, recipe, RECIPES))
+    settings = with_parallel(settings, run_dir, settings.population if sharing.is_shared else 1)
     if sharing.is_shared:
-        _tune_shared(name, run_dir, device, dtype, settings, sharing)
+        tune_shared(name, run_dir, device, dtype, settings, sharing)
     else:
         loaded = load_model(name, device, dtype)
-        settings = _with_parallel(settings, run_dir, 1)
         with StageBars() as progress:
             study.tune(loaded.model, loaded.tokenizer, settings, run_dir, progress)
     write_page(run_dir, model=name)
-
-
-def _tune_shared(
-    name: str, run_dir: Path, device: str, dtype: str, settings: Any, sharing: Sharing
-) -> None:
-    """Tune with workers of this host and of others."""
-    import torch
-
-    from kvbits.cli.models import devices_of, load_pair
-    from kvbits.cli.output import StageBars
-    from kvbits.tuning import scale, study
-
-    settings = _with_parallel(settings, run_dir, settings.population)
-    load = functools.partial(load_pair, name=name, dtype=dtype)
-    devices = devices_of(sharing.workers, device)
-    known_as = sharing.study or scale.STUDY
-    team = scale.team(load, settings, devices, storage=sharing.storage, study=known_as)
-    torch.set_num_threads(scale.threads_of(devices) or torch.get_num_threads())
-    with interrupted_by_sigterm():
-        model, tokenizer = load(devices[0])
-        with StageBars() as progress:
-            study.tune(model, tokenizer, settings, run_dir, progress, team=team)
-
-
-def _with_parallel(settings: Any, run_dir: Path, default: int) -> Any:
-    """Fill in ``parallel``, which a study that goes on keeps with any number of workers."""
-    from kvbits.tuning.rundir import RunDir
-    from kvbits.tuning.settings import LEARNING
-
-    if settings.strategy not in LEARNING or "parallel" in settings.model_fields_set:
-        return settings
-    stored = RunDir(run_dir).read_json("study.json") if run_dir.is_dir() else None
-    parallel = (stored or {}).get("settings", {}).get("parallel", default)
-    return type(settings)(**{**settings.model_dump(exclude_unset=True), "parallel": parallel})
 
 
 def _of_recipe(
