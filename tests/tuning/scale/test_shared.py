@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from kvbits.errors import RecordError
+from kvbits.errors import RecordError, StorageError
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.scale import process, shared
 from kvbits.tuning.scale.ledger import Ledger
@@ -205,6 +205,21 @@ def test_failed_measurement_is_left_to_others(study, tmp_path):
                     list(team.measure(KIND, STEPS, one, {}))
             else:
                 assert len(list(team.measure(KIND, STEPS, one, {}))) == expected
+
+
+def test_storage_lost_on_the_way_is_named_without_its_password(study, tmp_path, monkeypatch):
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+
+    def lost(*_):
+        error = optuna.exceptions.StorageInternalError("a page of advice")
+        raise error from ConnectionError("the server closed the connection")
+
+    monkeypatch.setattr(shared, "open_storage", lambda _: optuna.storages.InMemoryStorage())
+    monkeypatch.setattr(Ledger, "records", lost)
+    message = r"got postgresql://me:\*\*\*@db/x: the server closed the connection; start the same"
+    team = Shared("postgresql://me:secret@db/x", study)
+    with pytest.raises(StorageError, match=message), team.join(IDENTITY, RunDir(tmp_path)):
+        list(team.measure(KIND, STEPS, lambda step: {"loss": 0.0}, {}))
 
 
 def test_storage_of_another_study_is_refused_with_the_difference(address, study, tmp_path):

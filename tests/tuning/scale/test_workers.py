@@ -85,8 +85,8 @@ def helpers_of(loaded, data, count=1, settings=SETTINGS):
     return Helpers(job, start_method="fork")
 
 
-def work(loaded, data, path, address, note, stage, steps) -> None:
-    helpers = helpers_of(loaded, data)
+def work(loaded, data, path, address, note="", stage="", steps=(), *, is_alone=False) -> None:
+    helpers = None if is_alone else helpers_of(loaded, data)
     progress = Kills(helpers, note, stage, steps) if steps else Silent()
     team = Shared(address, helpers=helpers)
     tune(*loaded, SETTINGS, path, progress, data=data, team=team)
@@ -135,7 +135,7 @@ def test_study_whose_workers_and_host_are_killed_ends_as_that_of_one_worker(
     before = completed(address, "search")
     assert before.total() >= 9
     wait_until_gone(map(int, note.read_text().split()))
-    assert run(loaded, data, path, address, note, "", ()) == 0
+    assert run(loaded, data, path, address) == 0
     assert same_as(alone, path)
     assert not (path / "workers").exists()
     for kind in ("errors", "sensitivity", "search", "verification"):
@@ -148,8 +148,10 @@ def test_hosts_that_share_a_database_find_the_same(loaded, data, alone, tmp_path
     """Each has a run directory of its own; together they measure what one would."""
     address = f"sqlite:{tmp_path / 'shared'}"
     hosts = [
-        FORK.Process(target=work, args=(loaded, data, tmp_path / n, address, None, "", ()))
-        for n in "ab"
+        FORK.Process(
+            target=work, args=(loaded, data, tmp_path / name, address), kwargs={"is_alone": True}
+        )
+        for name in "ab"
     ]
     for host in hosts:
         host.start()

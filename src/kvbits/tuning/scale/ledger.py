@@ -24,7 +24,7 @@ from kvbits.tuning.rundir import check_same
 from kvbits.tuning.scale.process import is_gone, process_name
 from kvbits.tuning.team import Kind, Record
 
-BEAT_S, GRACE_S = 5.0, 60.0
+BEAT_S, GRACE_S = 15.0, 60.0
 ALIVE, IDENTITY = "alive", "identity"
 
 
