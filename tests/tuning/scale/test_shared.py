@@ -15,6 +15,7 @@ import optuna
 import pytest
 
 from kvbits.errors import RecordError, StorageError
+from kvbits.tuning.calibrated import check_calibrated
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.scale import process, shared
 from kvbits.tuning.scale.ledger import Ledger
@@ -220,6 +221,30 @@ def test_storage_lost_on_the_way_is_named_without_its_password(study, tmp_path, 
     team = Shared("postgresql://me:secret@db/x", study)
     with pytest.raises(StorageError, match=message), team.join(IDENTITY, RunDir(tmp_path)):
         list(team.measure(KIND, STEPS, lambda step: {"loss": 0.0}, {}))
+
+
+def test_trials_that_are_not_of_kvbits_are_refused(study, tmp_path):
+    storage = open_storage(f"journal:{tmp_path / 'shared'}")
+    optuna.create_study(study_name=f"{study}/search", storage=storage).add_trial(
+        optuna.trial.create_trial(value=1.0)
+    )
+    with pytest.raises(StorageError, match=f"in {study}/search, got one without key and worker"):
+        Ledger(storage, study).records(KIND)
+
+
+def test_workers_that_fitted_other_plans_are_refused(study, tmp_path):
+    address = f"journal:{tmp_path / 'shared'}"
+    for name, text, is_refused in (("a", "1", False), ("b", "1", False), ("c", "2", True)):
+        run = RunDir(tmp_path / name)
+        run.file("calibrated").mkdir()
+        run.file("calibrated/fitted.json").write_text(text)
+        team = Shared(address, study)
+        with team.join(IDENTITY, run):
+            if not is_refused:
+                check_calibrated(run, team)
+            else:
+                with pytest.raises(RecordError, match=r"another fitted .*copy calibrated/ from"):
+                    check_calibrated(run, team)
 
 
 def test_storage_of_another_study_is_refused_with_the_difference(address, study, tmp_path):

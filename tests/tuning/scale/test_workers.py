@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.tuning import Data, Silent, TuneSettings, scale, tune
+from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.scale import Helpers, Job, Shared
 from kvbits.tuning.scale.storage import open_storage
 
@@ -191,6 +192,18 @@ def test_helper_that_cannot_live_is_done_without(loaded, data, alone, tmp_path, 
     assert "kvbits: worker 2 on cpu: there is no room for the model" in said
     assert said.count("worker 2") <= 3
     assert "Traceback" not in said
+
+
+def test_helpers_take_over_what_was_calibrated(loaded, data, tmp_path):
+    run = RunDir(tmp_path)
+    run.file("calibrated").mkdir()
+    run.file("calibrated/fitted.json").write_text("a plan")
+    helpers = helpers_of(loaded, data)
+    helpers.prepare(run, f"journal:{tmp_path / 'shared'}", "kvbits")
+    helpers.tend()
+    assert (tmp_path / "workers/1/calibrated/fitted.json").read_text() == "a plan"
+    helpers.stop()
+    assert not (tmp_path / "workers").exists()
 
 
 def test_team_of_one_without_a_storage_is_this_process(loaded):

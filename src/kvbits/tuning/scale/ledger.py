@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from kvbits.errors import StorageError
 from kvbits.tuning.rundir import check_same
 from kvbits.tuning.scale.process import is_gone, process_name
 from kvbits.tuning.team import Kind, Record
@@ -145,6 +146,13 @@ class Ledger:
 
     def _trials(self, kind: Kind) -> list[Any]:
         trials = self._storage.get_all_trials(self._id(kind), deepcopy=False)
+        for trial in trials:
+            fields = ("key", "worker", "record")[: 3 if trial.state.name == "COMPLETE" else 2]
+            if not all(field in trial.user_attrs for field in fields):
+                raise StorageError(
+                    f"storage must hold trials of kvbits in {self._name}/{kind.name}, got one "
+                    f"without {' and '.join(fields)}; choose another name with --study"
+                )
         return sorted(trials, key=lambda trial: trial.number)
 
     def _create(
