@@ -17,7 +17,7 @@ import pytest
 from kvbits.errors import RecordError, StorageError
 from kvbits.tuning.calibrated import check_calibrated
 from kvbits.tuning.rundir import RunDir
-from kvbits.tuning.scale import process, shared
+from kvbits.tuning.scale import lock, process, shared
 from kvbits.tuning.scale.ledger import Ledger
 from kvbits.tuning.scale.shared import Shared
 from kvbits.tuning.scale.storage import open_storage
@@ -51,7 +51,7 @@ class Worker:
     def run(self) -> None:
         if self.machine:
             process._machine = lambda: self.machine
-            shared.BEAT_S = 0.05
+            shared.BEAT_S, lock.GRACE_S = 0.05, 1.0  # a victim may die with the lock in its hand
         run = RunDir(self.folder / f"run-{os.getpid()}")
         team = Shared(self.address, self.study, grace_s=1.0)
         with team.join(IDENTITY, run):
@@ -115,6 +115,18 @@ def test_killed_worker_loses_its_step_alone(address, study, tmp_path):
     end([late])
     assert sorted(late.given()) == list(range(8))
     assert measured(tmp_path).total() == 9
+
+
+def test_interrupted_worker_gives_its_claim_back(study, tmp_path):
+    """Another host sees the claim gone at its first look, before it could know of any death."""
+    address = f"journal:{tmp_path / 'shared'}"
+    worker = Worker(address, study, tmp_path, machine="a", hang=STEPS[0])
+    wait_for(tmp_path / "hangs")
+    ledger = Ledger(open_storage(address), study)
+    assert ledger.claimed(KIND) == {"[0, 0]"}
+    os.kill(worker.process.pid, signal.SIGINT)
+    worker.process.join(30)
+    assert ledger.claimed(KIND) == set()
 
 
 def test_worker_of_another_host_is_dead_when_it_stops_beating(address, study, tmp_path):

@@ -97,16 +97,18 @@ class Shared:
         pause = FIRST_PAUSE_S
         while left:
             records = self._ledger.records(kind)
-            for key in left.keys() & records.keys():
+            for key in [key for key in left if key in records]:
                 yield left.pop(key), records[key]
                 pause = FIRST_PAUSE_S
-            if left and self._helpers:
+            if not left:
+                break
+            if self._helpers:
                 self._helpers.tend()
             claim = self._claim(kind, list(left))
             if claim is not None:
                 pause = FIRST_PAUSE_S
                 self._run(*claim, lambda key: one(left[key]))
-            elif left:
+            else:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
 
