@@ -100,7 +100,7 @@ def tune(
     _check_weights(settings, data.calibration)
     run, progress, team = RunDir(run_dir), progress or Silent(), team or Alone()
     known = identity(model, settings, data)
-    with run.lock(), team.join(known, run):
+    with run.lock(), team.join(known, run, data):
         run.check_identity(known)
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
+from kvbits.tuning.identity import Data
 from kvbits.tuning.rundir import RunDir
 
 Record: TypeAlias = Mapping[str, Any]
@@ -31,7 +32,9 @@ class Kind(NamedTuple):
 class Team(Protocol):
     """Measures steps, each once."""
 
-    def join(self, identity: Mapping[str, Any], run: RunDir) -> AbstractContextManager[None]:
+    def join(
+        self, identity: Mapping[str, Any], run: RunDir, data: Data
+    ) -> AbstractContextManager[None]:
         """Work on a study, whose identity all of the team must share."""
 
     def measure(
@@ -54,7 +57,9 @@ class Team(Protocol):
 class Alone:
     """Measures everything in this process, in order."""
 
-    def join(self, identity: Mapping[str, Any], run: RunDir) -> AbstractContextManager[None]:
+    def join(
+        self, identity: Mapping[str, Any], run: RunDir, data: Data
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
     def measure(

@@ -16,6 +16,7 @@ import pytest
 
 from kvbits.errors import RecordError, StorageError
 from kvbits.tuning.calibrated import check_calibrated
+from kvbits.tuning.identity import Data
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.scale import lock, process, shared
 from kvbits.tuning.scale.ledger import Ledger
@@ -25,6 +26,7 @@ from kvbits.tuning.team import Kind
 
 KIND = Kind("search", ("loss",))
 IDENTITY = {"settings": {"bits": 4.0, "text": None, "heldout_text": None}, "versions": {"x": 1}}
+NO_DATA = Data((), ())
 STEPS = [(0, index) for index in range(8)]
 FORK = multiprocessing.get_context("fork")
 _names = itertools.count()
@@ -54,7 +56,7 @@ class Worker:
             shared.BEAT_S, lock.GRACE_S = 0.05, 1.0  # a victim may die with the lock in its hand
         run = RunDir(self.folder / f"run-{os.getpid()}")
         team = Shared(self.address, self.study, grace_s=1.0)
-        with team.join(IDENTITY, run):
+        with team.join(IDENTITY, run, NO_DATA):
             for step, record in team.measure(KIND, STEPS, self.measure, {}):
                 run.append("given.jsonl", {"step": step, **record})
 
@@ -197,7 +199,7 @@ def test_what_was_measured_alone_is_given_to_the_others(study, tmp_path):
 
     for given, fresh in ((known, 2), ({}, 0)):
         team = Shared(address, study)
-        with team.join(IDENTITY, RunDir(tmp_path / f"run{fresh}")):
+        with team.join(IDENTITY, RunDir(tmp_path / f"run{fresh}"), NO_DATA):
             found = dict(team.measure(KIND, STEPS, one, given))
         assert len(calls) == 2
         assert len(found) == 8 - len(given)
@@ -212,7 +214,7 @@ def test_failed_measurement_is_left_to_others(study, tmp_path):
 
     for one, expected in ((fails, None), (lambda step: {"loss": 0.0}, 8)):
         team = Shared(address, study)
-        with team.join(IDENTITY, RunDir(tmp_path / "run")):
+        with team.join(IDENTITY, RunDir(tmp_path / "run"), NO_DATA):
             if expected is None:
                 with pytest.raises(ValueError, match="no"):
                     list(team.measure(KIND, STEPS, one, {}))
@@ -231,7 +233,10 @@ def test_storage_lost_on_the_way_is_named_without_its_password(study, tmp_path, 
     monkeypatch.setattr(Ledger, "records", lost)
     message = r"got postgresql://me:\*\*\*@db/x: the server closed the connection; start the same"
     team = Shared("postgresql://me:secret@db/x", study)
-    with pytest.raises(StorageError, match=message), team.join(IDENTITY, RunDir(tmp_path)):
+    with (
+        pytest.raises(StorageError, match=message),
+        team.join(IDENTITY, RunDir(tmp_path), NO_DATA),
+    ):
         list(team.measure(KIND, STEPS, lambda step: {"loss": 0.0}, {}))
 
 
@@ -251,7 +256,7 @@ def test_workers_that_fitted_other_plans_are_refused(study, tmp_path):
         run.file("calibrated").mkdir()
         run.file("calibrated/fitted.json").write_text(text)
         team = Shared(address, study)
-        with team.join(IDENTITY, run):
+        with team.join(IDENTITY, run, NO_DATA):
             if not is_refused:
                 check_calibrated(run, team)
             else:
@@ -260,11 +265,11 @@ def test_workers_that_fitted_other_plans_are_refused(study, tmp_path):
 
 
 def test_storage_of_another_study_is_refused_with_the_difference(address, study, tmp_path):
-    with Shared(address, study).join(IDENTITY, RunDir(tmp_path / "a")):
+    with Shared(address, study).join(IDENTITY, RunDir(tmp_path / "a"), NO_DATA):
         pass
     moved = {**IDENTITY, "versions": {"x": 2}}
     moved["settings"] = {**IDENTITY["settings"], "text": "elsewhere.txt"}
-    with Shared(address, study).join(moved, RunDir(tmp_path / "b")):
+    with Shared(address, study).join(moved, RunDir(tmp_path / "b"), NO_DATA):
         pass
     other = {**IDENTITY, "settings": {"bits": 5.0}}
     message = (
@@ -272,6 +277,6 @@ def test_storage_of_another_study_is_refused_with_the_difference(address, study,
     )
     with (
         pytest.raises(RecordError, match=message),
-        Shared(address, study).join(other, RunDir(tmp_path / "c")),
+        Shared(address, study).join(other, RunDir(tmp_path / "c"), NO_DATA),
     ):
         pass

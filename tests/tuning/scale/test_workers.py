@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.tuning import Data, Silent, TuneSettings, scale, tune
-from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.scale import Helpers, Job, Shared
 from kvbits.tuning.scale.storage import open_storage
+from kvbits.tuning.scale.workers import Place
 
 SETTINGS = TuneSettings(
     bits=4.5, strategy="moead", trials=14, population=6, parallel=5, widths=(4, 2), task_n=0,
@@ -80,14 +80,13 @@ class Kills(Silent):
         os.kill(next(iter(running.values())).pid, signal.SIGKILL)
 
 
-def helpers_of(loaded, data, count=1, settings=SETTINGS):
-    """Helpers that are forked, so that they need not load."""
-    job = Job(lambda device: loaded, ["cpu"] * count, settings, data)
-    return Helpers(job, start_method="fork")
+def helpers_of(loaded) -> Helpers:
+    """A helper that is forked, so that it need not load."""
+    return Helpers(Job(lambda device: loaded, ["cpu"], SETTINGS), start_method="fork")
 
 
 def work(loaded, data, path, address, note="", stage="", steps=(), *, is_alone=False) -> None:
-    helpers = None if is_alone else helpers_of(loaded, data)
+    helpers = None if is_alone else helpers_of(loaded)
     progress = Kills(helpers, note, stage, steps) if steps else Silent()
     team = Shared(address, helpers=helpers)
     tune(*loaded, SETTINGS, path, progress, data=data, team=team)
@@ -172,7 +171,7 @@ def test_study_begun_alone_goes_on_with_workers_and_back(loaded, data, alone, tm
         (path / name).write_bytes((alone / name).read_bytes())
     lines = (alone / "search.jsonl").read_bytes().splitlines(keepends=True)
     (path / "search.jsonl").write_bytes(b"".join(lines[:7]))
-    tune(*loaded, SETTINGS, path, data=data, team=Shared(helpers=helpers_of(loaded, data)))
+    tune(*loaded, SETTINGS, path, data=data, team=Shared(helpers=helpers_of(loaded)))
     assert same_as(alone, path)
     assert completed(f"journal:{path / 'journal.log'}", "sensitivity").total() == 24
     for name in ("plan.json", "front.json"):
@@ -185,7 +184,7 @@ def test_helper_that_cannot_live_is_done_without(loaded, data, alone, tmp_path, 
     def load(device):
         raise ValueError("there is no room for the model")
 
-    helpers = Helpers(Job(load, ["cpu"], SETTINGS, data), start_method="fork")
+    helpers = Helpers(Job(load, ["cpu"], SETTINGS), start_method="fork")
     tune(*loaded, SETTINGS, tmp_path / "run", data=data, team=Shared(helpers=helpers))
     assert same_as(alone, tmp_path / "run")
     said = capfd.readouterr().err
@@ -195,11 +194,10 @@ def test_helper_that_cannot_live_is_done_without(loaded, data, alone, tmp_path, 
 
 
 def test_helpers_take_over_what_was_calibrated(loaded, data, tmp_path):
-    run = RunDir(tmp_path)
-    run.file("calibrated").mkdir()
-    run.file("calibrated/fitted.json").write_text("a plan")
-    helpers = helpers_of(loaded, data)
-    helpers.prepare(run, f"journal:{tmp_path / 'shared'}", "kvbits")
+    (tmp_path / "calibrated").mkdir()
+    (tmp_path / "calibrated/fitted.json").write_text("a plan")
+    helpers = helpers_of(loaded)
+    helpers.prepare(Place(tmp_path, f"journal:{tmp_path / 'shared'}", "kvbits", data))
     helpers.tend()
     assert (tmp_path / "workers/1/calibrated/fitted.json").read_text() == "a plan"
     helpers.stop()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from kvbits.tuning.identity import Data
 from kvbits.tuning.scale.shared import STUDY, Shared
 from kvbits.tuning.scale.workers import Helpers, Job, Load
 from kvbits.tuning.settings import TuneSettings
@@ -30,7 +29,6 @@ def team(
     *,
     storage: str | None = None,
     study: str = STUDY,
-    data: Data | None = None,
 ) -> Team:
     """Return a team of one worker per device; the first is the calling process.
 
@@ -42,7 +40,6 @@ def team(
             ``postgresql://...``. By default workers of this host share a journal in the run
             directory.
         study: Name of the study in the storage.
-        data: Token sets in place of the default ones.
 
     Raises:
         ValueError: ``storage`` has another form, or there is no device.
@@ -52,7 +49,7 @@ def team(
         raise ValueError("devices must name one per worker, got none")
     if len(devices) == 1 and storage is None:
         return Alone()
-    job = Job(load, devices[1:], settings, data, threads_of(devices))
+    job = Job(load, devices[1:], settings, threads_of(devices))
     return Shared(storage, study, helpers=Helpers(job) if job.devices else None)
 
 

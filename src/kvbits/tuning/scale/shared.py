@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvbits.errors import StorageError
+from kvbits.tuning.identity import Data
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.scale.ledger import BEAT_S, GRACE_S, Claim, Ledger, key_of
 from kvbits.tuning.scale.storage import check_address, open_storage, shown
-from kvbits.tuning.scale.workers import Helpers
+from kvbits.tuning.scale.workers import Helpers, Place
 from kvbits.tuning.team import Kind, Record, Step
 
 STUDY = "kvbits"
@@ -58,7 +59,7 @@ class Shared:
         self._ledger: Ledger
 
     @contextmanager
-    def join(self, identity: Mapping[str, Any], run: RunDir) -> Iterator[None]:
+    def join(self, identity: Mapping[str, Any], run: RunDir, data: Data) -> Iterator[None]:
         """Work on a study; the others of this host leave it together with this process.
 
         Raises:
@@ -76,7 +77,7 @@ class Shared:
             pulse.start()
             try:
                 if self._helpers:
-                    self._helpers.prepare(run, address, self._name)
+                    self._helpers.prepare(Place(run.path, address, self._name, data))
                 yield
             finally:
                 stopped.set()

@@ -14,11 +14,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvbits.tuning.calibrated import FOLDER as CALIBRATED
 from kvbits.tuning.identity import Data
-from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.settings import TuneSettings
 
 FOLDER = "workers"
@@ -36,15 +36,22 @@ class Job(NamedTuple):
         load: Loads the model.
         devices: Of the helpers, one each.
         settings: Of the study.
-        data: Token sets, None for the default ones.
         threads: Of PyTorch in each helper, None for as many as it likes.
     """
 
     load: Load
     devices: Sequence[str]
     settings: TuneSettings
-    data: Data | None = None
     threads: int | None = None
+
+
+class Place(NamedTuple):
+    """Where a study is, and what it is measured on."""
+
+    folder: Path
+    address: str
+    study: str
+    data: Data
 
 
 class Helpers:
@@ -60,11 +67,11 @@ class Helpers:
         self._context: Any = multiprocessing.get_context(start_method)
         self._starts = [0] * len(job.devices)
         self._processes: dict[int, Any] = {}
-        self._place: tuple[RunDir, str, str] | None = None
+        self._place: Place | None = None
 
-    def prepare(self, run: RunDir, address: str, study: str) -> None:
+    def prepare(self, place: Place) -> None:
         """Say where the study is."""
-        self._place = (run, address, study)
+        self._place = place
 
     def tend(self) -> None:
         """Start the helpers that are not there."""
@@ -83,30 +90,29 @@ class Helpers:
                 process.kill()
                 process.join()
         if self._place:
-            shutil.rmtree(self._place[0].file(FOLDER), ignore_errors=True)
+            shutil.rmtree(self._place.folder / FOLDER, ignore_errors=True)
 
     def _start(self, index: int) -> None:
         assert self._place is not None, "prepared when the study began"
-        run, address, study = self._place
-        folder = run.file(FOLDER) / str(index + 1)
-        if run.file(CALIBRATED).exists():
-            shutil.copytree(run.file(CALIBRATED), folder / CALIBRATED, dirs_exist_ok=True)
+        fitted = self._place.folder / CALIBRATED
+        folder = self._place.folder / FOLDER / str(index + 1)
+        if fitted.exists():
+            shutil.copytree(fitted, folder / CALIBRATED, dirs_exist_ok=True)
         self._starts[index] += 1
-        process = self._context.Process(
-            target=_help, args=(self._job, index, str(folder), address, study), daemon=True
-        )
+        place = self._place._replace(folder=folder)
+        process = self._context.Process(target=_help, args=(self._job, index, place), daemon=True)
         process.start()
         self._processes[index] = process
 
 
-def _help(job: Job, index: int, folder: str, address: str, study: str) -> None:
+def _help(job: Job, index: int, place: Place) -> None:
     """Be a helper: tune in a folder of its own, without a word unless something is wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = job.devices[index]
     try:
-        _tune(job, device, folder, address, study)
+        _tune(job, device, place)
     except KeyboardInterrupt:
         sys.exit(0)
     except Exception as error:
@@ -115,7 +121,7 @@ def _help(job: Job, index: int, folder: str, address: str, study: str) -> None:
         sys.exit(1)
 
 
-def _tune(job: Job, device: str, folder: str, address: str, study: str) -> None:
+def _tune(job: Job, device: str, place: Place) -> None:
     import torch
 
     from kvbits.tuning.scale.shared import Shared
@@ -126,8 +132,8 @@ def _tune(job: Job, device: str, folder: str, address: str, study: str) -> None:
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # where Triton launches
     model, tokenizer = job.load(device)
-    team = Shared(address, study)
-    tune(model, tokenizer, job.settings, folder, data=job.data, team=team)
+    team = Shared(place.address, place.study)
+    tune(model, tokenizer, job.settings, place.folder, data=place.data, team=team)
 
 
 def _leave(*_: object) -> None:
