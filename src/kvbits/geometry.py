@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvbits.errors import UnsupportedModelError
 
 PACKABLE_LAYER_TYPE = "full_attention"
+SHARING_LAYER_TYPE = "dummy"  # attends to the states of an earlier layer
 # Types whose cache layer keeps no key and value states; recurrent states are not the KV cache's.
-STATELESS_LAYER_TYPES = frozenset({"dummy", "conv", "linear_attention", "moe", "mlp"})
+STATELESS_LAYER_TYPES = frozenset({SHARING_LAYER_TYPE, "conv", "linear_attention", "moe", "mlp"})
 
 
 class LayerGeometry(BaseModel):
@@ -143,7 +144,7 @@ def _layer_types_and_windows(decoder: Any) -> tuple[list[str], list[int | None]]
     ]
     # ... and leaves out layers that reuse another layer's cache, which later ones call "dummy".
     num_shared = max(0, (getattr(decoder, "num_hidden_layers", 0) or 0) - len(layer_types))
-    return [*layer_types, *["dummy"] * num_shared], [*windows, *[None] * num_shared]
+    return [*layer_types, *[SHARING_LAYER_TYPE] * num_shared], [*windows, *[None] * num_shared]
 
 
 def _layer_configs(decoder: Any, num_layers: int) -> list[Any]:

@@ -424,8 +424,8 @@ def test_choices_of_the_command_line_are_those_of_the_settings():
 
     command = importlib.import_module("kvbits.cli.tune")  # the package has its function
     fields = TuneSettings.model_fields
-    for name in ("strategy", "granularity", "objective"):
-        choices = getattr(command, name.title())
+    for name in ("strategy", "granularity", "sensitivity", "objective", "drop_rule", "count"):
+        choices = getattr(command, name.title().replace("_", ""))
         assert {choice.value for choice in choices} == set(get_args(fields[name].annotation))
     assert {choice.value for choice in command.Recipe} == set(RECIPES)
 
@@ -443,6 +443,10 @@ def test_choices_of_the_command_line_are_those_of_the_settings():
         (["--candidates", "awq"], "candidates must be among per-token"),
         (["--candidates", "kvarn", "--mode", "kivi"], "mode must not be given together with"),
         (["--text", "a.txt"], "text and heldout_text must be given together"),
+        (["--max-drop", "1"], "--max-drop must be a share such as 1% or 0.01, got '1'"),
+        (["--max-drop", "1%", "-n", "32"], "task_n must be at least 100 to tell a drop of 1 %"),
+        (["--drop-rule", "interval"], "drop_rule must be given with max_drop"),
+        (["--max-drop", "1%", "--drop-rule", "interval"], "task_n must be at least 276"),
     ],
 )
 def test_tune_settings_that_cannot_be_are_refused(tiny_model_dir, tmp_path, arguments, message):

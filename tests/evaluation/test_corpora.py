@@ -168,7 +168,7 @@ def test_datasets_are_read_by_name(monkeypatch):
     with pytest.raises(ValueError, match="must have a column 'text'"):
         dataset_texts("some/set")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match=r"pip install .kvbits\[datasets\]"):
         dataset_texts("some/set")
 
 

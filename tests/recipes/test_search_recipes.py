@@ -129,3 +129,91 @@ def test_strategies_are_charged_for_what_they_need_before_their_first_trial(conf
     assert cost.hypervolume(lab, last["exact"].front) >= cost.hypervolume(
         lab, last["uniform"].front
     )
+
+
+def point(strategy, seed, trials, tokens, hypervolume):
+    return {"strategy": strategy, "seed": seed, "trials": trials, "tokens": tokens,
+            "hypervolume": hypervolume, "plans_in_front": 1}  # fmt: skip
+
+
+def test_curve_means_over_seeds_and_savings_are_counted_at_equal_quality():
+    cost = load("search-cost")
+    records = [
+        *(point("moead", seed, 10, 1e6, value) for seed, value in ((0, 1.0), (1, 1.2))),
+        *(point("moead", seed, 100, 1e7, value) for seed, value in ((0, 1.9), (1, 2.1))),
+        point("moead", 0, 101, 1.1e7, 9.0),  # one seed alone
+        point("exact", 0, 0, 2e5, 2.1),
+        point("random", 0, 100, 1e7, 1.0),
+    ]
+    assert cost.curve(records, "moead") == [
+        (1.0, pytest.approx(1.1), pytest.approx(2**0.5 / 10)),
+        (10.0, pytest.approx(2.0), pytest.approx(2**0.5 / 10)),
+    ]
+    said = list(cost.reached(records))
+    assert said[1:] == ["- exact at 0.200 million tokens, 50.0 x fewer"]
+
+
+def test_one_pass_over_all_domains_is_told_apart_again(tiny_model_dir, config, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvbits.evaluation.corpora import SetSize, default_sets
+    from kvbits.tuning.rundir import RunDir
+    from kvbits.tuning.sensitivity import Meter
+
+    cost = load("search-cost")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    size = SetSize(text_documents=2, text_tokens=32, reasoning_documents=2, recall_documents=2,
+                   recall_tokens=64)  # fmt: skip
+    sets = default_sets(tokenizer, size=size)
+    candidates = of_methods(config, ["per-token"], (2,))
+    memo = cost.Memo(model, sets, candidates, RunDir(tmp_path), "calibration")
+    apart = Meter(model, sets, candidates).document_kl((1, 1, 1))
+    together = memo((1, 1, 1))
+    assert [d["kl_nats"] for d in together] == pytest.approx(
+        [d["kl_nats"] for d in apart], rel=1e-3
+    )
+    again = cost.Memo(None, sets, candidates, RunDir(tmp_path), "calibration")
+    assert again((1, 1, 1)) == together
+
+
+# ----- calibration domains
+
+
+def plan_record(budget, expected, share, n=100):
+    correct = [i < round(share * n) for i in np.random.default_rng(0).permutation(n)]
+    tasks = ("arithmetic", "copy", "facts", "lines")
+    solved = dict.fromkeys(tasks, correct)
+    return {"budget": budget, "expected": expected, "correct": solved}
+
+
+def test_predictors_are_ranked_by_what_they_say_of_accuracy():
+    """One orders plans as accuracy does, one knows their size alone, one is noise."""
+    domains = load("calibration-domains")
+    domains.RESAMPLES = 200
+    generator = np.random.default_rng(1)
+    records = [plan_record(16.0, {"good": 0.0, "size": -16.0, "noise": 0.0}, 1.0)]
+    for index in range(42):
+        bits, harm = (2.75, 3.25, 3.75)[index % 3], float(generator.uniform(0, 0.2))
+        share = 0.5 + 0.12 * bits - harm
+        expected = {"good": -share, "size": -bits, "noise": float(generator.normal())}
+        records.append(plan_record(bits, expected, share))
+    rows = {name: (overall, within) for name, overall, within in domains.ranking(records)}
+    assert next(iter(rows)) == "good"
+    assert rows["good"][0].value > 0.98
+    assert rows["size"][1].value == 0.0
+    assert 0.3 < rows["size"][0].value < rows["good"][0].value
+    assert rows["noise"][0].low < 0 < rows["noise"][0].high
+    assert "| good | " in domains.table(records)
+    assert domains.reliability(records[1:]) > 0.9
+
+
+def test_plans_of_the_domain_study_fill_three_sizes(config):
+    domains = load("calibration-domains")
+    problem = problem_of(of_methods(config, ["per-token"], domains.WIDTHS))
+    smallest = problem.costs.effective_bits((9,) * 3)
+    domains.BUDGETS = tuple(smallest + extra for extra in (0.5, 1.0, 1.5))
+    drawn = domains.choices(problem, 12)
+    assert len({choice for _, choice in drawn}) == 12
+    assert {bits for bits, _ in drawn} == set(domains.BUDGETS)
+    assert all(problem.costs.effective_bits(choice) <= bits for bits, choice in drawn)

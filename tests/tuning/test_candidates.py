@@ -132,3 +132,52 @@ def test_calibrated_codecs_are_fitted_once_and_read_again(tiny_model_dir, tmp_pa
     assert again.plan(choice) == first.plan(choice)
     assert first.plan(choice) != of_methods(model.config, [name, "kivi"], (3, 2)).plan(choice)
     assert len(list((tmp_path / "calibrated").glob("*.json"))) == 2
+
+
+# ----- heads
+
+
+def by_head(config, mode="per_token", widths=(4, 2)):
+    return of_mode(config, mode, widths, granularity="head")
+
+
+def test_every_head_of_a_layer_chooses_alone(config):
+    """The tiny model has 3 layers of 2 key/value heads."""
+    candidates = by_head(config)
+    assert candidates.layers == ("0.0", "0.1", "1.0", "1.1", "2.0", "2.1")
+    choice = (1, 1, 2, 4, 0, 3)
+    plan = candidates.plan(choice)
+    assert plan.layers[0] == of_mode(config, "per_token", (4, 2)).plan((1, 0, 0)).layers[0]
+    assert [group.heads for group in plan.layers[1].groups] == [(0,), (1,)]
+    assert [(g.key.bits, g.value.bits) for g in plan.layers[2].groups] == [(16, 16), (2, 4)]
+    assert candidates.labels(choice) == ("K4V4", "K4V2 K2V2", "K16V16 K2V4")
+    assert candidates.plan((0,) * 6).layers[0].is_exact
+    assert CachePlan.from_json(plan.model_dump_json()).layers == plan.layers
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+@pytest.mark.parametrize("choice", [(1, 1, 2, 4, 0, 3), (0, 0, 4, 4, 1, 2), (0, 4, 3, 0, 0, 0)])
+def test_sizes_of_heads_add_up_to_those_of_the_plan(config, mode, choice):
+    """At a context pages and tables of heads that share a codec may take less, never more."""
+    candidates = by_head(config, mode)
+    plan = candidates.plan(choice)
+    assert cost_table(candidates).effective_bits(choice) == pytest.approx(plan.effective_bits)
+    counted = cost_table(candidates, context=777, batch=2).effective_bits(choice)
+    stored = plan.effective_bits_at(777, 2)
+    assert stored <= counted * (1 + 1e-12)
+    assert counted <= stored * 1.05
+
+
+def test_isolating_a_head_leaves_its_neighbours_exact(config):
+    candidates = by_head(config)
+    option = next(each for each in candidates.sides if each.label == "K2")
+    layer = candidates.isolated("1.1", option).layers[1]
+    assert {group.heads: (group.key.bits, group.value.bits) for group in layer.groups} == {
+        (1,): (2, 16),
+        (0,): (16, 16),
+    }
+
+
+def test_heads_cannot_mix_methods_that_keep_different_tokens_exact(config):
+    with pytest.raises(ValueError, match="must be given with methods that keep the same tokens"):
+        of_methods(config, ["kivi", "per-token"], (4,), granularity="head")

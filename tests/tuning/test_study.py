@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvbits.errors import RecordError, UnsupportedModelError
+from kvbits.errors import CalibrationError, RecordError, UnsupportedModelError
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.plan import CachePlan
 from kvbits.tuning import Data, Silent, TuneSettings, tune
@@ -322,3 +322,97 @@ def test_weights_checksum_sees_one_changed_weight_and_no_order(model):
         parameter.view(-1)[0] -= 1
     assert changed != before
     assert weights_checksum(model) == before
+
+
+@pytest.mark.parametrize("strategy", ["exact", "exact+", "random"])
+def test_a_drop_in_a_task_buys_the_smallest_plan_that_keeps_it(
+    strategy, model, tokenizer, data, tmp_path
+):
+    """A random model solves nothing, so that its smallest plan is no worse."""
+    settings = TuneSettings(
+        max_drop=0.5, tasks=("passkey",), task_n=2, widths=(4, 2), random_plans=0,
+        strategy=strategy, trials=3,
+    )  # fmt: skip
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    front = result.front
+    sizes = [p["effective_bits"] for p in front["points"] if p["origin"] == strategy]
+    if strategy != "random":
+        assert result.plan.effective_bits == pytest.approx(min(sizes))
+    assert front["budget_bits"] == pytest.approx(result.plan.effective_bits)
+    assert front["drop"]["task"] == "passkey"
+    assert front["drop"]["difference"] == 0
+    assert front["drop"]["heldout"]["n"] == 2
+    assert front["bought"]["bytes"] == result.plan.bytes(4096, 1)
+    lines = (tmp_path / "drop.jsonl").read_text().splitlines()
+    assert len(lines) >= 2
+    again = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert again.plan == result.plan
+    assert (tmp_path / "drop.jsonl").read_text().splitlines() == lines
+
+
+def test_heads_are_measured_chosen_and_run_apart(model, tokenizer, data, tmp_path):
+    settings = QUICK.model_copy(update={"granularity": "head", "random_plans": 1})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert result.plan.effective_bits <= 4.5
+    profile = [json.loads(x) for x in (tmp_path / "sensitivity.jsonl").read_text().splitlines()]
+    assert {r["layer"] for r in profile} == {f"{a}.{b}" for a in range(3) for b in range(2)}
+    assert any(len(layer.groups) == 2 for layer in result.plan.layers)
+    reloaded = CachePlan.load(tmp_path / "plan.json")
+    ids = torch.randint(1, 257, (1, 40))
+    made = model.generate(ids, past_key_values=reloaded.new_cache(model), max_new_tokens=4)
+    assert made.shape[1] > 40
+    finer = next(point for point in result.front["points"] if point["chosen"])
+    assert sum(map(sum, finer["pairs"])) / 6 <= 4.5
+
+    from kvbits.report.collect import collect
+    from kvbits.report.page import render
+
+    run = collect(tmp_path)
+    assert {row.layer for row in run.sensitivity} == {0, 1, 2}
+    assert "K4V2" in render(run, model="tiny")
+
+
+@pytest.mark.parametrize("signal", ["fisher", "e_o"])
+def test_other_sensitivities_choose_a_plan_and_predict_in_nats(
+    signal, model, tokenizer, data, tmp_path
+):
+    """All are brought to nats by one measured plan, the narrowest uniform one."""
+    settings = QUICK.model_copy(update={"sensitivity": signal})
+    result = tune(model, tokenizer, settings, tmp_path, data=data)
+    assert result.plan.effective_bits <= 4.5
+    assert not (tmp_path / "sensitivity.jsonl").exists()
+    narrow = next(p for p in result.front["points"] if p["name"] == "K2V2")
+    anchor = json.loads((tmp_path / "anchor.jsonl").read_text())["kl_nats"]
+    assert list(narrow["predicted_kl"].values()) == pytest.approx(anchor, rel=1e-4)
+
+
+def test_accuracy_as_a_sensitivity_needs_a_problem_that_is_lost(model, tokenizer, data, tmp_path):
+    settings = QUICK.model_copy(update={"sensitivity": "accuracy", "task_n": 1})
+    with pytest.raises(CalibrationError, match="must see a problem that some codec alone gets"):
+        tune(model, tokenizer, settings, tmp_path, data=data)
+    assert len((tmp_path / "accuracy.jsonl").read_text().splitlines()) == 12
+
+
+def test_domains_of_the_user_s_own_are_tuned_and_proven_apart(model, tokenizer, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "What is {n}?"}}\n' for n in range(4)))
+    settings = TuneSettings(
+        bits=4.5, widths=(4, 2), calibration=(f"mine={prompts}", "sums=task:arithmetic"),
+        task_n=0, random_plans=0, chat_documents=2, answer_tokens=4, reasoning_documents=2,
+    )  # fmt: skip
+    result = tune(model, tokenizer, settings, tmp_path / "run")
+    assert list(result.front["normalised_by"]) == ["mine", "sums"]
+    study = json.loads((tmp_path / "run" / "study.json").read_text())
+    assert study["split"] == {
+        "calibration_documents": 4, "heldout_documents": 4, "shared_documents": 0,
+    }  # fmt: skip
+    hashes = json.loads((tmp_path / "run" / "documents.json").read_text())
+    one, other = ({h for each in hashes[s].values() for h in each} for s in hashes)
+    assert len(one) == len(other) == 4
+    assert not one & other
+
+
+def test_a_document_in_both_splits_is_refused(model, tokenizer, data, tmp_path):
+    both = Data(data.calibration, [data.calibration[0], data.heldout[1]])
+    with pytest.raises(CalibrationError, match="must share no document with calibration data"):
+        tune(model, tokenizer, EXACT, tmp_path, data=both)

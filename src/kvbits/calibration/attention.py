@@ -27,6 +27,17 @@ class Observed(NamedTuple):
     softcap: float | None
     sink_logits: Tensor | None  # [H_q]
 
+    def of_head(self, head: int) -> Observed:
+        """Return what one key/value head sees: its states and the queries that read them."""
+        repeats = self.query.shape[0] // self.key_states.shape[0]
+        mine = slice(head * repeats, (head + 1) * repeats)
+        return self._replace(
+            query=self.query[mine],
+            key_states=self.key_states[head : head + 1],
+            value_states=self.value_states[head : head + 1],
+            sink_logits=None if self.sink_logits is None else self.sink_logits[mine],
+        )
+
     def weights(self, key_states: Tensor) -> Tensor:
         """Return the attention weights ``[H_q, Q, T]`` over the given keys, float32."""
         return attention_weights(

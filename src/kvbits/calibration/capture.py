@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from kvbits.attention.hf import packed_attention, packed_mask
 from kvbits.calibration.attention import attending_by
+from kvbits.calibration.placement import input_device
 from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import SIDES, Side
 
@@ -41,6 +42,7 @@ def observe(
     *,
     with_gradients: bool,
     with_queries: bool = False,
+    loss: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Observations]:
     """Run the model over documents one by one, and hand out the states of every layer and side.
 
@@ -52,6 +54,8 @@ def observe(
         documents: Token ids ``[T]`` each.
         with_gradients: Whether to run the model backwards too.
         with_queries: Whether to hand out queries too.
+        loss: What gradients are of, given logits ``[T, V]``; by default the summed cross-entropy
+            of the document's own next tokens.
 
     Raises:
         CalibrationError: If there is no document of two tokens, or states are not finite.
@@ -62,7 +66,7 @@ def observe(
         raise CalibrationError("documents must hold one of at least 2 tokens, got none")
     with _frozen(model):
         for document in usable:
-            ids = document.to(model.device)[None]
+            ids = document.to(input_device(model))[None]
             tap = _Tap(model.config, with_gradients)
             watched: AbstractContextManager[None] = nullcontext()
             if with_queries:
@@ -80,10 +84,13 @@ def observe(
                 )
             if with_gradients:
                 # The sum: a mean would make gradients of short documents larger.
-                loss = torch.nn.functional.cross_entropy(
-                    logits[0, :-1].float(), ids[0, 1:], reduction="sum"
+                tap.differentiate(
+                    torch.nn.functional.cross_entropy(
+                        logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum"
+                    )
+                    if loss is None
+                    else loss(logits[0])
                 )
-                tap.differentiate(loss)
             yield tap.observations()
 
 

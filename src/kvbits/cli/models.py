@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
 
     Args:
         name: a folder with ``config.json``, or a Hugging Face id.
-        device: a torch device; ``auto`` is the first GPU if there is one.
+        device: a torch device; ``auto`` is the first GPU if there is one, ``sharded`` all of
+            them, and the host's memory and disk for what does not fit.
         dtype: ``auto`` is float32 on the CPU, where it is faster and loses nothing of a 16-bit
             checkpoint, and the checkpoint's own elsewhere.
 
@@ -47,13 +49,25 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
 
     model_logging.set_verbosity_error()
     model_logging.disable_progress_bar()
-    place = resolve_device(device)
+    is_sharded = device == "sharded"
+    if is_sharded:
+        _check_accelerate()
+    place = resolve_device("auto" if is_sharded else device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     tokenizer = _fetch(AutoTokenizer.from_pretrained, name)
-    model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=kind)
-    return Loaded(model.to(place).eval(), tokenizer, name)
+    spread = {"device_map": "auto"} if is_sharded else {}
+    model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=kind, **spread)
+    return Loaded((model if is_sharded else model.to(place)).eval(), tokenizer, name)
+
+
+def _check_accelerate() -> None:
+    if find_spec("accelerate") is None:
+        raise ValueError(
+            "device sharded must be used with the package accelerate, got none; "
+            "pip install 'kvbits[sharded]'"
+        )
 
 
 def load_pair(device: str, *, name: str, dtype: str) -> tuple[Any, Any]:

@@ -43,7 +43,10 @@ ModelName = Annotated[
 ]
 PlanPath = Annotated[Path | None, typer.Option("--plan", help="Plan file from `kvbits tune`.")]
 DeviceName = Annotated[
-    str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU if any.")
+    str,
+    typer.Option(
+        help="Where the model runs: cpu, cuda:1; auto: a GPU if any; sharded: all of them."
+    ),
 ]
 DtypeName = Annotated[
     Dtype, typer.Option(help="auto: float32 on the CPU, the checkpoint's own on a GPU.")

@@ -49,6 +49,23 @@ class Granularity(StrEnum):
 
     SIDE = "side"
     LAYER = "layer"
+    HEAD = "head"
+
+
+class DropRule(StrEnum):
+    """What of a paired difference in accuracy is limited."""
+
+    ESTIMATE = "estimate"
+    INTERVAL = "interval"
+
+
+class Sensitivity(StrEnum):
+    """What says how much a layer can lose."""
+
+    KL = "kl"
+    FISHER = "fisher"
+    E_O = "e_o"
+    ACCURACY = "accuracy"
 
 
 class Objective(StrEnum):
@@ -57,6 +74,13 @@ class Objective(StrEnum):
     BALANCED = "balanced"
     MINIMAX = "minimax"
     SUM = "sum"
+
+
+class Count(StrEnum):
+    """Which tokens of documents with questions count."""
+
+    ANSWERS = "answers"
+    ALL = "all"
 
 
 class Recipe(StrEnum):
@@ -76,6 +100,21 @@ def tune(
     max_kl: Annotated[
         float | None,
         typer.Option(help="Budget: nats per token in the worst domain; finds the smallest plan."),
+    ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Budget: how much worse than 16 bits at the first --task, such as 1%; finds the "
+            "smallest plan.",
+        ),
+    ] = None,
+    drop_rule: Annotated[
+        DropRule | None,
+        typer.Option(
+            help="What --max-drop limits: the measured drop (estimate, the default) or the far "
+            "end of its 95 % interval."
+        ),
     ] = None,
     context: Annotated[
         int | None,
@@ -105,7 +144,17 @@ def tune(
     ] = None,
     granularity: Annotated[
         Granularity | None,
-        typer.Option(help="side (default): keys and values apart; layer: one width for both."),
+        typer.Option(
+            help="side (default): keys and values apart; layer: one width for both; head: every "
+            "key/value head apart too."
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        Sensitivity | None,
+        typer.Option(
+            help="What the programme adds up. kl (default): a pass for every side; fisher: one "
+            "backward pass for all; e_o: attention outputs; accuracy: of the first --task."
+        ),
     ] = None,
     objective: Annotated[
         Objective | None,
@@ -126,6 +175,18 @@ def tune(
     heldout_text: Annotated[
         Path | None, typer.Option(help="Text of the same kind to verify on.")
     ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DOMAIN[=SOURCE]",
+            help="In place of text, reasoning and recall: a built-in domain (those, code, chat), "
+            "or one from a file, hf:DATASET or task:NAME; repeatable.",
+        ),
+    ] = None,
+    count: Annotated[
+        Count | None,
+        typer.Option(help="Tokens whose KL counts: answers (default), or all of a document."),
+    ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Plans to measure.")] = None,
     workers: Workers = 1,
     storage: Storage = None,
@@ -144,12 +205,15 @@ def tune(
         "bits": bits,
         "memory": memory,
         "max_kl": max_kl,
+        "max_drop": parse_share("--max-drop", max_drop),
+        "drop_rule": _value(drop_rule),
         "context": context,
         "batch": batch,
         "strategy": _value(strategy),
         "mode": _value(mode),
         "candidates": tuple(candidates) if candidates else None,
         "granularity": _value(granularity),
+        "sensitivity": _value(sensitivity),
         "objective": _value(objective),
         "domain_weights": parse_numbers("--weights", weights),
         "seed": seed,
@@ -158,6 +222,8 @@ def tune(
         "task_n": n,
         "text": None if text is None else str(text),
         "heldout_text": None if heldout_text is None else str(heldout_text),
+        "calibration": tuple(calibration) if calibration else None,
+        "count": _value(count),
         "trials": trials,
         "parallel": parallel,
     }
@@ -182,7 +248,8 @@ def _default_name(model: str, given: dict[str, Any], recipe: Recipe | None) -> s
     """``kvbits-tiny-kivi-exact-4``; what names cannot have becomes an underscore."""
     stored = given.get("candidates") or (given.get("mode", Mode.PER_TOKEN.value),)
     search = given.get("strategy") or (recipe or Strategy.EXACT).value
-    budgets = [f"{name}-{given[name]:g}" for name in ("memory", "max_kl") if name in given]
+    names = ("memory", "max_kl", "max_drop")
+    budgets = [f"{name}-{given[name]:g}" for name in names if name in given]
     parts = [Path(model).name, "+".join(stored), search, *budgets]
     if not budgets:
         parts.append(f"{given.get('bits', 4):g}")
@@ -201,6 +268,21 @@ def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
         raise ValueError(f"{option} must be numbers such as 8,4,2, got {text!r}")
     return tuple(float(part) if "." in part else int(part) for part in parts)
+
+
+def parse_share(option: str, text: str | None) -> float | None:
+    """Read ``1%`` or ``0.01``.
+
+    Raises:
+        ValueError: the text is neither, or not between 0 and 1.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)", text.strip())
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"{option} must be a share such as 1% or 0.01, got {text!r}")
+    return share
 
 
 def _tune(

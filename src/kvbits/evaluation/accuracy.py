@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from kvbits.calibration.placement import input_device
 from kvbits.evaluation.corpora import encode_document
 from kvbits.evaluation.statistics import Difference, proportion
 from kvbits.evaluation.statistics import paired_difference as paired_outcomes
@@ -132,8 +133,8 @@ def _generate(
         mask[row, width - len(prompt) :] = 1
     with torch.no_grad():
         output = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            ids.to(input_device(model)),
+            attention_mask=mask.to(input_device(model)),
             past_key_values=cache,
             do_sample=False,
             max_new_tokens=task.max_new_tokens,

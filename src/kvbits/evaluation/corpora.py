@@ -36,6 +36,7 @@ class SetSize(NamedTuple):
             tokens of a few problems hold most of the divergence.
         recall_documents: key-value and pass key documents together.
         recall_tokens: approximate tokens of each recall document.
+        chat_documents: conversations, of sources that hold some.
     """
 
     text_documents: int = 4
@@ -43,6 +44,7 @@ class SetSize(NamedTuple):
     reasoning_documents: int = 24
     recall_documents: int = 6
     recall_tokens: int = 512
+    chat_documents: int = 16
 
 
 def text_set(

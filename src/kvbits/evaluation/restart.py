@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
+from kvbits.geometry import SHARING_LAYER_TYPE, ModelGeometry
+
 
 class LayerInputs(NamedTuple):
     """Hidden states entering each decoder layer.
@@ -87,7 +89,13 @@ class _PassThrough(nn.Module):
 
 
 def layer_list(model: Any) -> nn.ModuleList | None:
-    """Return the outermost module list of ``num_hidden_layers``, None unless there is just one."""
+    """Return the outermost module list of ``num_hidden_layers``, None unless there is just one.
+
+    Also None where layers read the states of earlier ones, which may then not be left out.
+    """
+    geometry = ModelGeometry.from_config(model.config)
+    if any(layer.layer_type == SHARING_LAYER_TYPE for layer in geometry.layers):
+        return None
     num_layers = model.config.get_text_config().num_hidden_layers
     base = getattr(model, "base_model", model)
     found = {

@@ -13,14 +13,18 @@ attention run, on fewer layers.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache
 
 from kvbits.attention.hf import enable
+from kvbits.calibration.placement import input_device
+from kvbits.errors import UnsupportedModelError
 from kvbits.evaluation.restart import (
     LayerInputs,
     can_skip_in_chunks,
@@ -29,9 +33,7 @@ from kvbits.evaluation.restart import (
     resuming,
     skip_cache_layers,
 )
-
-if TYPE_CHECKING:
-    from kvbits.plan import CachePlan
+from kvbits.plan import CachePlan
 
 DEFAULT_CHUNK = 512
 
@@ -71,6 +73,8 @@ def stream_logits(
     keep = torch.ones(input_ids.shape[1], dtype=torch.bool) if keep is None else keep.cpu()
     num_tokens = int(keep.nonzero().max()) + 1 if bool(keep.any()) else 0
     cache = new_cache(model, plan) if cache is None else cache
+    step_tokens = chunk_tokens if plan is None or reads_packed(model) else 1
+    start_layer = start_layer if step_tokens == chunk_tokens else 0
     if start_layer and not can_skip_in_chunks(cache, start_layer) and num_tokens > chunk_tokens:
         start_layer = 0
     for start in range(0, num_tokens, chunk_tokens):
@@ -82,9 +86,33 @@ def stream_logits(
             resumed = resuming(model, start_layer, layer_inputs.chunk(start_layer, start, stop))
         # not held open over the yield: the caller may use the model in between
         with attention_for(model, plan), resumed, torch.no_grad():
-            logits = _forward(model, input_ids[:, start:stop].to(model.device), cache, columns)
+            ids = input_ids[:, start:stop].to(input_device(model))
+            logits = _forward_in_steps(model, ids, cache, columns, step_tokens)
         if len(columns):
             yield logits
+
+
+def reads_packed(model: Any) -> bool:
+    """Return whether several queries at a time can see packed states as decoding shows them.
+
+    They can where the model attends to the states it caches through transformers' attention
+    interface. Others (latent attention, attention of a model's own) are run token by token, which
+    is as exact and much slower.
+    """
+    if model not in _READS_PACKED:
+        probe = CachePlan.uniform(model.config, 8, 8)
+        ids = torch.zeros(1, 3, dtype=torch.int64, device=input_device(model))
+        try:
+            with enable(model), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model(input_ids=ids, past_key_values=new_cache(model, probe), use_cache=True)
+            _READS_PACKED[model] = True
+        except UnsupportedModelError:
+            _READS_PACKED[model] = False
+    return _READS_PACKED[model]
+
+
+_READS_PACKED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def capture_layer_inputs(
@@ -156,6 +184,21 @@ def skipped_nbytes(model: Any, plan: CachePlan, layers: int, num_tokens: int) ->
 def first_quantized_layer(plan: CachePlan) -> int:
     """Return the index of the first layer that is not exact; 0 if all are exact."""
     return next((i for i, layer in enumerate(plan.layers) if not layer.is_exact), 0)
+
+
+def _forward_in_steps(
+    model: Any, ids: torch.Tensor, cache: Any, columns: torch.Tensor, step_tokens: int
+) -> torch.Tensor:
+    """Run a chunk at once, or in steps of one token; return the logits of ``columns``."""
+    if step_tokens >= ids.shape[1]:
+        return _forward(model, ids, cache, columns)
+    kept, wanted = [], set(columns.tolist())
+    for position in range(ids.shape[1]):
+        here = torch.zeros(int(position in wanted), dtype=torch.int64)
+        logits = _forward(model, ids[:, position : position + 1], cache, here)
+        if len(here):
+            kept.append(logits)
+    return torch.cat(kept, dim=1) if kept else logits[:, :0]
 
 
 def _forward(model: Any, ids: torch.Tensor, cache: Any, columns: torch.Tensor) -> torch.Tensor:

@@ -41,17 +41,25 @@ def dataset_texts(name: str) -> list[str]:
         name: ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``; the split is ``test`` by default.
 
     Raises:
-        ValueError: the package datasets is missing, or the dataset has no column ``text``.
+        ValueError: the package datasets is missing, the dataset cannot be had, or it has no
+            column ``text``.
     """
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
             f"dataset must be read with the package datasets, got {name!r} without it; "
-            "pip install datasets"
+            "pip install 'kvbits[datasets]'"
         ) from None
     path, config, split = (*name.split(":"), "", "")[:3]
-    found = load_dataset(path, config or None, split=split or "test")
+    try:
+        found = load_dataset(path, config or None, split=split or "test")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(
+            f"dataset must be on this machine or within reach of it, got {name!r}: {reason}; "
+            "without a network give a file of texts in its place"
+        ) from error
     if "text" not in found.column_names:
         raise ValueError(f"dataset must have a column 'text', got {found.column_names} in {name}")
     return [text for text in found["text"] if text.strip()]

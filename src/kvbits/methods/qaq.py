@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvbits.calibration.attention import Observed, observed_attention
+from kvbits.calibration.placement import input_device
 from kvbits.codecs import Affine, AnyCodec, Codebook, Outliers, Tiered
 from kvbits.codecs.levels import normal_quantiles
 from kvbits.codecs.outliers import slots_for
@@ -138,7 +139,7 @@ class Qaq(Method):
 
         for document in usable:
             with observed_attention(model, observe, num_queries=len(document)), torch.no_grad():
-                model(document.to(model.device)[None], use_cache=False)
+                model(document.to(input_device(model))[None], use_cache=False)
             if progress:
                 progress()
         return {

@@ -23,6 +23,21 @@ SEARCHED_ORIGINS = (
 Row = TypeVar("Row")
 
 
+class Profile(NamedTuple):
+    """The file of what a study went by, and whether it holds nats by domain."""
+
+    file: str
+    is_in_nats: bool
+
+
+PROFILES = {
+    "kl": Profile("sensitivity.jsonl", True),
+    "fisher": Profile("fisher.jsonl", True),
+    "e_o": Profile("errors.jsonl", False),
+    "accuracy": Profile("accuracy.jsonl", False),
+}
+
+
 class Measurement(NamedTuple):
     """A mean and its standard error; nan where one document cannot give one."""
 
@@ -95,6 +110,7 @@ class Run(NamedTuple):
     context: int | None
     budget_bits: float | None
     bought: Mapping[str, int]
+    drop: Mapping[str, Any]
     points: tuple[Point, ...]
     comparisons: tuple[PairedComparison, ...]
     sensitivity: tuple[Sensitivity, ...]
@@ -144,8 +160,9 @@ def collect(run_dir: Path | str) -> Run:
             f"{path / 'front.json'} must have schema_version {SCHEMA_VERSION}, "
             f"got {front.get('schema_version')!r}; use the kvbits version that wrote it"
         )
-    names = ("sensitivity.jsonl", "verify.jsonl", "front.json", "plan.json")
     study = _read_json(path / "study.json")
+    profile = PROFILES[study.get("settings", {}).get("sensitivity", "kl")]
+    names = (profile.file, "verify.jsonl", "front.json", "plan.json")
     return Run(
         path=path,
         study=study,
@@ -154,9 +171,12 @@ def collect(run_dir: Path | str) -> Run:
         context=front.get("context"),
         budget_bits=front.get("budget_bits"),
         bought=front.get("bought") or {},
+        drop=front.get("drop") or {},
         points=_parse_points(front, path / "front.json"),
         comparisons=_parse_items(front, "comparisons", _parse_comparison, path / "front.json"),
-        sensitivity=_read_lines(path / "sensitivity.jsonl", _parse_sensitivity),
+        sensitivity=_of_layers(_read_lines(path / profile.file, _parse_sensitivity))
+        if profile.is_in_nats
+        else (),
         records=_read_lines(path / "verify.jsonl", dict),
         missing=tuple(name for name in names if not (path / name).exists()),
     )
@@ -236,6 +256,23 @@ def _parse_point(item: Mapping[str, Any]) -> Point:
     )
 
 
+def _of_layers(rows: tuple[Sensitivity, ...]) -> tuple[Sensitivity, ...]:
+    """Sum what heads of one layer cost: isolated KLs add up, and so do their squared errors."""
+    found: dict[tuple[str, int, str], Sensitivity] = {}
+    for row in rows:
+        key = (row.domain, row.layer, row.label)
+        before = found.get(key)
+        if before is None:
+            found[key] = row
+            continue
+        errors = (before.kl_standard_error, row.kl_standard_error)
+        found[key] = row._replace(
+            kl_nats=before.kl_nats + row.kl_nats,
+            kl_standard_error=None if None in errors else math.hypot(*filter(None, errors)),
+        )
+    return tuple(found.values())
+
+
 def _width(value: Any) -> float:
     """A width as it is written: 4, but 1.5."""
     return int(value) if float(value).is_integer() else float(value)
@@ -267,7 +304,7 @@ def _parse_comparison(item: Mapping[str, Any]) -> PairedComparison:
 def _parse_sensitivity(item: Mapping[str, Any]) -> Sensitivity:
     error = item.get("kl_se")
     return Sensitivity(
-        layer=int(item["layer"]),
+        layer=int(str(item["layer"]).partition(".")[0]),  # 3.1 is head 1 of layer 3
         side=str(item["side"]),
         bits=_width(item["bits"]),
         label=str(item["label"]),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvbits.report import numbers
 from kvbits.report.collect import Measurement, PairedComparison, Point, Run, TaskResult
@@ -77,7 +77,29 @@ def bought(run: Run) -> tuple[tuple[str, str], ...]:
     return (
         ("bytes", f"{size} for {tokens}, in 16 bits {full}"),
         ("tokens", f"{more}{rows} in {numbers.size(got['memory'])}, in 16 bits {before}"),
+        *_drop(run.drop),
     )
+
+
+def _drop(drop: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The drop the plan was chosen by, and what other problems say of it."""
+    if not drop:
+        return ()
+    said = [f"{_drop_sentence(drop)} on {numbers.count(drop['n'])} problems that chose it"]
+    heldout = drop["heldout"]
+    if heldout["difference"] is not None:
+        said.append(f"{_drop_sentence(heldout)} on {numbers.count(heldout['n'])} others")
+    most = numbers.percent(drop["most"])
+    needed = drop["problems_needed"]
+    verdict = "shown" if drop["is_shown"] else "not shown"
+    more = f" (some {numbers.count(needed)} problems could)" if needed else ""
+    limit = f"{drop['task']}, limit {most}, {verdict} to be kept at 95 %{more}"
+    return (("drop", f"{limit}: {'; '.join(said)}"),)
+
+
+def _drop_sentence(found: Mapping[str, Any]) -> str:
+    interval = f"[{numbers.points(found['low'])}, {numbers.points(found['high'])}]"
+    return f"{numbers.points(found['difference'])} {interval} points"
 
 
 def _task_sentence(task: TaskResult) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from kvbits.calibration.attention import Observed
 from kvbits.codecs import Codec, EncodeContext
-from kvbits.errors import CalibrationError
+from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import LayerPlan
+from kvbits.tuning.tables import Row, place_of
 
 # |x| below this share of the tensor's mean |x| counts as that share: a relative error has no
 # finite mean where values cross zero, and a few such elements would otherwise decide everything.
@@ -90,26 +91,38 @@ def _output(weights: Tensor, value_states: Tensor) -> Tensor:
 class ErrorSums:
     """Running means of the errors, ``[L, P, 4]``, over the documents of one domain."""
 
-    def __init__(self, plans: Sequence[Sequence[LayerPlan]], layers: Sequence[int]) -> None:
+    def __init__(self, plans: Sequence[Sequence[LayerPlan]], layers: Sequence[Row]) -> None:
         self._plans = {layer: list(row) for layer, row in zip(layers, plans, strict=True)}
+        self._rows: dict[int, list[Row]] = {}
+        for row in layers:
+            self._rows.setdefault(place_of(row).layer, []).append(row)
         shape = (len(layers), len(plans[0]), len(LayerErrors._fields))
         self._sums = dict(zip(layers, torch.zeros(shape, dtype=torch.float64), strict=True))
         self._documents = dict.fromkeys(layers, 0)
 
     def observe(self, observed: Observed) -> None:
         """Add one layer's errors over one document; layers that were not asked for are skipped."""
-        if observed.layer_idx not in self._plans:
-            return
-        errors = torch.tensor(
-            layer_errors(observed, self._plans[observed.layer_idx]), dtype=torch.float64
-        )
-        if not bool(errors.isfinite().all()):
-            raise CalibrationError(
-                f"states of layer {observed.layer_idx} must be finite, got nan or infinity"
-            )
-        self._sums[observed.layer_idx] += errors
-        self._documents[observed.layer_idx] += 1
+        for row in self._rows.get(observed.layer_idx, ()):
+            head = place_of(row).head
+            seen = observed if head is None else observed.of_head(head)
+            errors = torch.tensor(layer_errors(seen, self._plans[row]), dtype=torch.float64)
+            if not bool(errors.isfinite().all()):
+                raise CalibrationError(
+                    f"states of layer {observed.layer_idx} must be finite, got nan or infinity"
+                )
+            self._sums[row] += errors
+            self._documents[row] += 1
 
     def means(self) -> Tensor:
-        """Return the means over documents, ``[L, P, 4]``, float64."""
+        """Return the means over documents, ``[L, P, 4]``, float64.
+
+        Raises:
+            UnsupportedModelError: A layer never attended where it can be seen.
+        """
+        unseen = [layer for layer, number in self._documents.items() if not number]
+        if unseen:
+            raise UnsupportedModelError(
+                "model must attend by transformers' attention interface for the errors of its "
+                f"attention to be seen, got nothing of layer {unseen[0]}"
+            )
         return torch.stack([s / self._documents[layer] for layer, s in self._sums.items()])

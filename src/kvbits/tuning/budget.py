@@ -15,11 +15,15 @@ from kvbits.tuning.tables import CostTable
 def limit_of(settings: TuneSettings, candidates: Candidates, costs: CostTable) -> Limit:
     """Return the budget as effective bits in the accounting of ``costs``, or as a KL.
 
+    A drop in a task is neither: ``drop.DropLimit`` holds it.
+
     Raises:
         ValueError: The smallest plan is larger than the budget.
     """
     if settings.max_kl is not None:
         return Limit(kl_nats=settings.max_kl)
+    if settings.max_drop is not None:
+        return Limit()
     bits, given = settings.bits, f"got {settings.bits}"
     if settings.memory is not None:
         left = settings.memory - _stock_bytes(settings, candidates)

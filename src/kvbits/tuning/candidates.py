@@ -10,17 +10,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from kvbits.codecs import Identity
 from kvbits.codecs.base import Width
-from kvbits.geometry import ModelGeometry
+from kvbits.geometry import LayerGeometry, ModelGeometry
 from kvbits.layer_plan import HeadGroup, LayerPlan, Side
 from kvbits.methods import METHODS, Method, build_method
 from kvbits.plan import CachePlan, Mode
 from kvbits.plan.modes import exact_layer
-from kvbits.tuning.tables import EXACT_LABEL, Candidate, Choice
+from kvbits.tuning.tables import EXACT_LABEL, Candidate, Choice, Row, place_of
 
+Granularity: TypeAlias = Literal["side", "layer", "head"]
 MakePlan: TypeAlias = Callable[[str, Method], CachePlan]
 """The plan of a method under a name that files may have: from the config, or calibrated."""
 
@@ -49,20 +50,26 @@ class Family(NamedTuple):
 
 
 class Candidates:
-    """Every candidate of every packable layer; the exact layer is the first.
+    """Every candidate of every packable layer, or of every head of them; exact is the first.
 
     Args:
         config: Transformers config of the model.
         families: What may be stored; labels must be unique.
-        is_joint: Whether keys and values of a layer must have one width.
+        granularity: ``side``: keys and values of a layer apart; ``layer``: one width for both;
+            ``head``: keys and values of every key/value head apart.
 
     Raises:
-        ValueError: If no candidate is left.
+        ValueError: If no candidate is left, or heads of a layer could not be stored together.
     """
 
-    def __init__(self, config: Any, families: Sequence[Family], *, is_joint: bool = False) -> None:
+    def __init__(
+        self, config: Any, families: Sequence[Family], *, granularity: Granularity = "side"
+    ) -> None:
         self.config = config
         self.geometry = ModelGeometry.from_config(config)
+        self.layers = _rows(self.geometry, granularity)
+        """Rows of every table: the packable layers, or their heads."""
+        is_joint = granularity == "layer"
         self.sides = tuple(option for each in families for side in each for option in side)
         self._pairs = [
             (key, value)
@@ -76,45 +83,70 @@ class Candidates:
             )
         packed = (Candidate(_joined(*pair), pair[0].label, pair[1].label) for pair in self._pairs)
         self.columns = (Candidate(EXACT_LABEL, None, None), *packed)
+        if granularity == "head":
+            _check_heads(families)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Indices of the packable layers: the rows of every table."""
-        return self.geometry.packable_layers
-
-    def layer_plan(self, layer: int, column: int) -> LayerPlan:
-        """Return how a candidate stores a layer of the model."""
+    def layer_plan(self, row: Row, column: int) -> LayerPlan:
+        """Return how a candidate stores a layer of the model, or one head, as if it were alone."""
         if column == 0:
             return exact_layer()
+        layer = place_of(row).layer
         key, value = (option.plan.layers[layer] for option in self._pairs[column - 1])
         return _with_codecs(key, HeadGroup(key=key.groups[0].key, value=value.groups[0].value))
 
-    def plan(self, choice: Choice) -> CachePlan:
-        """Return the plan with one candidate per packable layer; other layers stay stock."""
-        return self._plan(
-            {
-                layer: self.layer_plan(layer, column)
-                for layer, column in zip(self.layers, choice, strict=True)
-            }
-        )
+    def row_geometry(self, row: Row) -> LayerGeometry:
+        """Return the shape of what a row stores."""
+        layer, head = place_of(row)
+        whole = self.geometry.layers[layer]
+        return whole if head is None else whole.model_copy(update={"num_key_value_heads": 1})
 
-    def isolated(self, layer: int, option: SideOption) -> CachePlan:
-        """Return the plan that packs one side of one layer and leaves all else exact."""
+    def plan(self, choice: Choice) -> CachePlan:
+        """Return the plan with one candidate per row; other layers stay stock."""
+        columns: dict[int, list[int]] = {}
+        for row, column in zip(self.layers, choice, strict=True):
+            columns.setdefault(place_of(row).layer, []).append(column)
+        return self._plan({layer: self._of_heads(layer, each) for layer, each in columns.items()})
+
+    def _of_heads(self, layer: int, columns: Sequence[int]) -> LayerPlan:
+        """A layer of one candidate, or of one for each head; heads of one candidate share it."""
+        heads: dict[int, list[int]] = {}
+        for head, column in enumerate(columns):
+            heads.setdefault(column, []).append(head)
+        plans = {column: self.layer_plan(layer, column) for column in heads}
+        window = next((p for p in plans.values() if not p.is_exact), exact_layer())
+        if len(plans) == 1:
+            return window
+        groups = [
+            plans[column].groups[0].model_copy(update={"heads": tuple(named)})
+            for column, named in heads.items()
+        ]
+        return _with_codecs(window, *groups)
+
+    def isolated(self, row: Row, option: SideOption) -> CachePlan:
+        """Return the plan that packs one side of one row and leaves all else exact."""
+        layer, head = place_of(row)
         plan = option.plan.layers[layer]
-        group = plan.groups[0]
-        exact = Identity()
+        group, exact = plan.groups[0], Identity()
         alone = (
             HeadGroup(key=group.key, value=exact)
             if option.side == "key"
             else HeadGroup(key=exact, value=group.value)
         )
-        return self._plan({layer: _with_codecs(plan, alone)})
+        others = set(range(self.geometry.layers[layer].num_key_value_heads)) - {head}
+        if head is None or not others:
+            return self._plan({layer: _with_codecs(plan, alone)})
+        rest = HeadGroup(heads=tuple(sorted(others)), key=exact, value=exact)
+        named = alone.model_copy(update={"heads": (head,)})
+        return self._plan({layer: _with_codecs(plan, named, rest)})
 
     def labels(self, choice: Choice) -> tuple[str, ...]:
-        """Return the label of every layer of the model."""
-        chosen = dict(zip(self.layers, choice, strict=True))
+        """Return the label of every layer of the model; of heads that differ, one after another:
+        ``K4V2 K2V2``."""
+        found: dict[int, list[str]] = {}
+        for row, column in zip(self.layers, choice, strict=True):
+            found.setdefault(place_of(row).layer, []).append(self.columns[column].label)
         layers = range(self.geometry.num_hidden_layers)
-        return tuple(self.columns[chosen.get(layer, 0)].label for layer in layers)
+        return tuple(_told(found.get(layer, [EXACT_LABEL])) for layer in layers)
 
     def _plan(self, packed: dict[int, LayerPlan]) -> CachePlan:
         layers = range(len(self.geometry.layers))
@@ -123,10 +155,42 @@ class Candidates:
         )
 
 
-def _with_codecs(window: LayerPlan, group: HeadGroup) -> LayerPlan:
+def _rows(geometry: ModelGeometry, granularity: Granularity) -> tuple[Row, ...]:
+    if granularity != "head":
+        return geometry.packable_layers
+    return tuple(
+        f"{layer}.{head}"
+        for layer in geometry.packable_layers
+        for head in range(geometry.layers[layer].num_key_value_heads)
+    )
+
+
+def _check_heads(families: Sequence[Family]) -> None:
+    """Refuse candidates that heads of one layer cannot have at the same time."""
+    plans = [option.plan for each in families for side in each for option in side]
+    packed = [layer for plan in plans for layer in plan.layers if not layer.is_exact]
+    windows = {(p.sink_tokens, p.residual_length, p.flush, p.quantum) for p in packed}
+    if len(windows) > 1:
+        raise ValueError(
+            "granularity head must be given with methods that keep the same tokens exact, which "
+            "heads of a layer share, got (sinks, residual, flush, block) of "
+            f"{' and '.join(map(str, sorted(windows)))}"
+        )
+    if any(layer.arrays or len(layer.groups) > 1 for layer in packed):
+        raise ValueError(
+            "granularity head must be given with methods that store every head alike, got one "
+            "with arrays fitted to all heads of a layer together"
+        )
+
+
+def _told(labels: Sequence[str]) -> str:
+    return labels[0] if len(set(labels)) == 1 else " ".join(labels)
+
+
+def _with_codecs(window: LayerPlan, *groups: HeadGroup) -> LayerPlan:
     """The sinks, residual and flush rule of one layer plan with other codecs."""
     return LayerPlan(
-        groups=(group,),
+        groups=groups,
         sink_tokens=window.sink_tokens,
         residual_length=window.residual_length,
         flush=window.flush,
@@ -139,12 +203,12 @@ def _joined(key: SideOption, value: SideOption) -> str:
 
 
 def of_mode(
-    config: Any, mode: Mode, widths: Sequence[Width], *, is_joint: bool = False
+    config: Any, mode: Mode, widths: Sequence[Width], *, granularity: Granularity = "side"
 ) -> Candidates:
     """Return every pair of ``widths`` in a mode, widest first, and the exact layer."""
     each = {bits: CachePlan.uniform(config, int(bits), int(bits), mode) for bits in _down(widths)}
     family = _family("", each.values(), each.values())
-    return Candidates(config, [family], is_joint=is_joint)
+    return Candidates(config, [family], granularity=granularity)
 
 
 def of_methods(
@@ -153,7 +217,7 @@ def of_methods(
     widths: Sequence[Width],
     make: MakePlan | None = None,
     *,
-    is_joint: bool = False,
+    granularity: Granularity = "side",
 ) -> Candidates:
     """Return every pair of widths in each of several methods, and the exact layer.
 
@@ -163,7 +227,7 @@ def of_methods(
         widths: Code widths; a method takes those it has. A width that the settings name stays.
         make: Makes the plan of a method; from the config alone by default, which gives methods
             that have to be calibrated the right sizes but not the right levels.
-        is_joint: Whether keys and values of a layer must have one width.
+        granularity: As for ``Candidates``.
 
     Raises:
         ValueError: If a method or setting does not exist, or has none of the widths.
@@ -175,7 +239,7 @@ def of_methods(
         _of_method(name, prefix, widths, make)
         for name, prefix in zip(names, prefixes, strict=True)
     ]
-    return Candidates(config, families, is_joint=is_joint)
+    return Candidates(config, families, granularity=granularity)
 
 
 def check_names(names: Sequence[str], widths: Sequence[Width]) -> None:

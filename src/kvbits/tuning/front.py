@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvbits.evaluation.token_set import TokenSet, dataset
+from kvbits.layer_plan import LayerPlan
 from kvbits.plan import CachePlan, Metric, Provenance
 from kvbits.tuning import rivals
 from kvbits.tuning.budget import bought
@@ -35,6 +36,7 @@ class Findings(NamedTuple):
     front: Sequence[Allocation]
     chosen: Allocation
     verifier: Verifier
+    drop: dict[str, Any] | None = None  # what the task said of the chosen plan, if it decided
 
     @property
     def origin(self) -> str:
@@ -77,6 +79,7 @@ def front_document(findings: Findings) -> dict[str, Any]:
         "objective": settings.objective,
         "budget_bits": findings.bits,
         "max_kl": settings.max_kl,
+        "drop": _drop(findings),
         "bought": bought(findings.plan(findings.chosen), settings),
         "normalised_by": dict(
             zip(findings.domains, map(rounded, findings.problem.norms), strict=True)
@@ -95,7 +98,7 @@ def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
         "name": entry.name,
         "origin": entry.origin,
         "labels": list(labels),
-        "pairs": [list(pair) for pair in plan.pairs],
+        "pairs": [_mean_pair(layer) for layer in plan.layers],
         "effective_bits": rounded(plan.effective_bits),
         "effective_bits_at_context": rounded(plan.effective_bits_at(context)),
         "loss": rounded(entry.allocation.loss),
@@ -105,6 +108,35 @@ def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
         "tasks": _tasks(findings, labels) or None,
         "chosen": findings.is_chosen(entry),
     }
+
+
+def _mean_pair(layer: LayerPlan) -> list[float]:
+    """Widths of a layer's keys and values; the mean over its heads where those differ."""
+    heads = [len(group.heads or (0,)) for group in layer.groups]
+    sums = [
+        sum(n * bits for n, bits in zip(heads, widths, strict=True))
+        for widths in (
+            [group.key.bits for group in layer.groups],
+            [group.value.bits for group in layer.groups],
+        )
+    ]
+    return [_whole(each / sum(heads)) for each in sums]
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else rounded(value)
+
+
+def _drop(findings: Findings) -> dict[str, Any] | None:
+    """The drop that the plan was chosen by, and that on the problems it is reported on."""
+    if findings.drop is None:
+        return None
+    heldout = _tasks(findings, findings.labels(findings.chosen))[findings.drop["task"]]
+    return {**{k: _rounded(v) for k, v in findings.drop.items()}, "heldout": heldout}
+
+
+def _rounded(value: Any) -> Any:
+    return rounded(value) if isinstance(value, float) else value
 
 
 def _full(findings: Findings) -> Labels:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kvbits._version import __version__
+from kvbits.calibration.placement import stored_parameters
+from kvbits.errors import CalibrationError
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
@@ -26,6 +28,44 @@ class Data(NamedTuple):
 
     calibration: Sequence[TokenSet]
     heldout: Sequence[TokenSet]
+
+
+def documents(data: Data) -> dict[str, dict[str, list[str]]]:
+    """Return ``documents.json``: the SHA-256 of every document's tokens, by split and domain."""
+    return {
+        split: {
+            token_set.domain: [
+                hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
+                for ids in token_set.documents
+            ]
+            for token_set in token_sets
+        }
+        for split, token_sets in data._asdict().items()
+    }
+
+
+def separation(data: Data) -> dict[str, int]:
+    """Count the documents of both splits, and those they share: none.
+
+    Raises:
+        CalibrationError: A document is in both.
+    """
+    found = documents(data)
+    calibration, heldout = (
+        {digest for digests in found[split].values() for digest in digests}
+        for split in Data._fields
+    )
+    shared = calibration & heldout
+    if shared:
+        raise CalibrationError(
+            "held-out data must share no document with calibration data, got "
+            f"{len(shared)} in both; give other texts, or more of them"
+        )
+    return {
+        "calibration_documents": len(calibration),
+        "heldout_documents": len(heldout),
+        "shared_documents": len(shared),
+    }
 
 
 def identity(model: Any, settings: TuneSettings, data: Data) -> dict[str, Any]:
@@ -43,6 +83,7 @@ def identity(model: Any, settings: TuneSettings, data: Data) -> dict[str, Any]:
             split: {token_set.domain: token_set.checksum for token_set in token_sets}
             for split, token_sets in data._asdict().items()
         },
+        "split": separation(data),
         "model": {
             "architecture": geometry.architecture,
             "fingerprint": geometry.fingerprint,
@@ -67,8 +108,12 @@ def versions() -> dict[str, str]:
 def weights_checksum(model: Any, values_per_tensor: int = 4096) -> str:
     """Return a SHA-256 over evenly spaced values of every parameter: cheap for any model size."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(stored_parameters(model), key=lambda named: named[0]):
         flat = parameter.detach().flatten()
+        if flat.device.type == "meta":
+            raise CalibrationError(
+                f"weights of the model must be within reach, got {name} on the meta device"
+            )
         sample = flat[:: max(1, flat.numel() // values_per_tensor)].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(sample.contiguous().numpy().tobytes())

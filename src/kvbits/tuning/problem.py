@@ -72,16 +72,26 @@ class Problem(NamedTuple):
 
 
 def build_problem(
-    table: SensitivityTable,
+    table: SensitivityTable | FloatArray,
     costs: CostTable,
     *,
     bits: float,
     objective: Objective = "balanced",
     weights: Sequence[float] | None = None,
 ) -> Problem:
-    """Join sensitivities and costs; losses are relative to uniform plans of ``bits``."""
-    kl_nats = table.candidate_kl(costs.candidates)
-    weight = np.ones(len(table.domains)) if weights is None else np.asarray(weights, float)
+    """Join sensitivities and costs; losses are relative to uniform plans of ``bits``.
+
+    Args:
+        table: Isolated KLs, or what each candidate costs, ``[domains, L, P]``.
+        costs: Sizes.
+        bits: Effective bits of the budget.
+        objective: What is minimised.
+        weights: Of the domains, ``[domains]``; equal by default.
+    """
+    kl_nats = (
+        table.candidate_kl(costs.candidates) if isinstance(table, SensitivityTable) else table
+    )
+    weight = np.ones(len(kl_nats)) if weights is None else np.asarray(weights, float)
     norms = reference_kl(costs, kl_nats, bits)
     return Problem(costs, kl_nats, norms, weight / weight.sum(), objective)
 

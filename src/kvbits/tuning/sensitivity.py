@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvbits.calibration.attention import observed_attention
+from kvbits.calibration.placement import input_device
 from kvbits.evaluation.corpora import TokenSet
 from kvbits.evaluation.divergence import Divergence, Reference, measure, reference_logits
 from kvbits.plan import CachePlan
@@ -20,7 +21,7 @@ from kvbits.tuning.attention_errors import ErrorSums, LayerErrors
 from kvbits.tuning.candidates import Candidates, SideOption
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
-from kvbits.tuning.tables import Choice
+from kvbits.tuning.tables import Choice, Row
 from kvbits.tuning.team import Alone, Kind, Team
 
 KL_RECORDS = "sensitivity.jsonl"
@@ -68,7 +69,7 @@ class IsolatedSide(NamedTuple):
     """One measurement of the profile: one codec of one layer on one domain, all else exact."""
 
     domain: str
-    layer: int
+    layer: Row
     label: str
 
 
@@ -188,7 +189,7 @@ def _domain_errors(meter: Meter, domain: str, progress: Progress) -> torch.Tenso
     with observed_attention(meter.model, sums.observe, num_queries=NUM_QUERIES):
         for document in _documents(meter.token_sets[domain]):
             with torch.no_grad():
-                meter.model(document.to(meter.model.device), use_cache=False)
+                meter.model(document.to(input_device(meter.model)), use_cache=False)
             progress.advance()
     return sums.means()
 

@@ -8,16 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbits.codecs.base import Width
 from kvbits.evaluation.corpora import SetSize
+from kvbits.evaluation.sources import Counting, parse_source
 from kvbits.evaluation.tasks import TASKS
 from kvbits.plan import MODES, WIDTHS
 from kvbits.plan.modes import EXACT_BITS
-from kvbits.tuning.candidates import check_names
+from kvbits.tuning.candidates import Granularity, check_names
+from kvbits.tuning.drop import DropRule, fewest_problems
 
 _SIZES = SetSize()
 
 
-BUDGETS = ("bits", "memory", "max_kl")
+BUDGETS = ("bits", "memory", "max_kl", "max_drop")
 DEFAULT_BITS = 4.0
+DROP_PROBLEMS = 200
 Strategy = Literal["exact", "exact+", "moead", "nsga2", "tpe", "uniform", "ladder", "random"]
 LEARNING: tuple[Strategy, ...] = ("moead", "nsga2", "tpe")
 """Strategies that measure many trials and learn from each."""
@@ -48,6 +51,10 @@ class TuneSettings(BaseModel):
             budget of another kind is given.
         memory: Budget in bytes for ``batch`` rows of ``context`` tokens, all layers together.
         max_kl: Budget in quality: nats per token in the worst domain, on calibration data.
+        max_drop: Budget in quality: share of the problems of the first task by which a plan may
+            be worse than full precision, such as 0.01.
+        drop_rule: What of the paired difference counts for ``max_drop``: the ``estimate``, or the
+            far end of its 95 % ``interval``.
         strategy: ``exact`` solves the additive model; ``exact+`` corrects it by measuring its
             solutions; ``moead``, ``nsga2`` and ``tpe`` measure every trial; ``uniform``,
             ``ladder`` and ``random`` are what a search has to beat.
@@ -57,7 +64,10 @@ class TuneSettings(BaseModel):
         widths: Candidate code widths; every pair of those a method has is a candidate, and 16 for
             both sides.
         granularity: ``side``: keys and values of a layer have widths of their own; ``layer``: they
-            share one.
+            share one; ``head``: keys and values of every key/value head have widths of their own.
+        sensitivity: What the programme adds up: ``kl``, the isolated forward KL; ``fisher``, the
+            error weighted by one backward pass; ``e_o``, the error of the attention output;
+            ``accuracy``, the problems of the first task that one packed side gets wrong.
         objective: What the search minimises of the domains' KLs, each relative to uniform plans
             of the same size: ``minimax`` the worst, ``sum`` the weighted mean, ``balanced`` the
             two together.
@@ -69,6 +79,11 @@ class TuneSettings(BaseModel):
         seed: Of the generated documents, NSGA-II and the random plans.
         text: Path of calibration text; the bundled sample by default.
         heldout_text: Path of the text to verify on; the bundled held-out sample by default.
+        calibration: Domains in place of text, reasoning and recall, as ``evaluation.sources``
+            reads them: ``code``, ``chat=prompts.jsonl``, ``wiki=hf:NAME``, ``x=task:copy``.
+        count: Of documents with questions, count the ``answers`` only or ``all`` tokens.
+        chat_documents: Conversations per split.
+        answer_tokens: Most tokens of an answer that the model itself gives.
         text_documents: Windows of text per split; at least two, or no standard error exists.
         text_tokens: Tokens of a window.
         reasoning_documents: Arithmetic problems per split; many, because a few tokens of a few
@@ -84,7 +99,8 @@ class TuneSettings(BaseModel):
             other, results joined; by default the budget alone.
         random_plans: Random plans to compare with.
         tasks: Tasks run on full precision, the chosen plan and the best rivals.
-        task_n: Problems per task; 0 runs none.
+        task_n: Problems per task; 0 runs none. 200 where ``max_drop`` is given: as many to choose
+            by and as many others to verify on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,11 +108,14 @@ class TuneSettings(BaseModel):
     bits: float | None = Field(default=None, gt=0, le=EXACT_BITS)
     memory: int | None = Field(default=None, gt=0)
     max_kl: float | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, gt=0, lt=1)
+    drop_rule: DropRule = "estimate"
     strategy: Strategy = "exact"
     mode: Literal["per_token", "kivi"] | None = None
     candidates: tuple[str, ...] = ()
     widths: tuple[Width, ...] = (8, 4, 3, 2)
-    granularity: Literal["side", "layer"] = "side"
+    granularity: Granularity = "side"
+    sensitivity: Literal["kl", "fisher", "e_o", "accuracy"] = "kl"
     objective: Literal["balanced", "minimax", "sum"] = "minimax"
     domain_weights: tuple[float, ...] | None = None
     context: int | None = Field(default=None, ge=1)
@@ -105,6 +124,10 @@ class TuneSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     text: str | None = None
     heldout_text: str | None = None
+    calibration: tuple[str, ...] = ()
+    count: Counting = "answers"
+    chat_documents: int = Field(default=_SIZES.chat_documents, ge=2)
+    answer_tokens: int = Field(default=96, ge=1)
     text_documents: int = Field(default=_SIZES.text_documents, ge=2)
     text_tokens: int = Field(default=_SIZES.text_tokens, ge=2)
     reasoning_documents: int = Field(default=24, ge=2)
@@ -129,6 +152,8 @@ class TuneSettings(BaseModel):
             filled["mode"] = MODES[0]
         if all(filled.get(name) is None for name in BUDGETS):
             filled["bits"] = DEFAULT_BITS
+        if filled.get("max_drop") is not None:
+            filled.setdefault("task_n", DROP_PROBLEMS)
         return filled
 
     @model_validator(mode="after")
@@ -151,6 +176,13 @@ class TuneSettings(BaseModel):
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"tasks must be among {', '.join(sorted(TASKS))}, got {task!r}")
+        for source in self.calibration:
+            parse_source(source)
+        if self.calibration and self.text is not None:
+            raise ValueError(
+                "text must not be given together with calibration, which names all domains; "
+                f"give calibration text={self.text}"
+            )
         if (self.text is None) != (self.heldout_text is None):
             raise ValueError(
                 "text and heldout_text must be given together, got one of them; a plan must be "
@@ -166,6 +198,24 @@ class TuneSettings(BaseModel):
             raise ValueError(
                 "context must be given with memory, got none; a budget in bytes is "
                 "for a number of tokens"
+            )
+        if self.sensitivity == "accuracy" and not (self.tasks and self.task_n):
+            raise ValueError(
+                "tasks must name one with sensitivity accuracy, got none or no problem"
+            )
+        if self.max_drop is not None:
+            self._check_drop(self.max_drop)
+        elif self.drop_rule != "estimate":
+            raise ValueError(f"drop_rule must be given with max_drop, got {self.drop_rule} alone")
+
+    def _check_drop(self, most: float) -> None:
+        if not self.tasks:
+            raise ValueError("tasks must name one with max_drop, which is a drop in it, got none")
+        fewest = fewest_problems(most, self.drop_rule)
+        if self.task_n < fewest:
+            raise ValueError(
+                f"task_n must be at least {fewest} to tell a drop of {100 * most:g} % by its "
+                f"{self.drop_rule}, got {self.task_n}; give more problems with -n"
             )
 
     def _check_search(self) -> None:
@@ -194,4 +244,5 @@ class TuneSettings(BaseModel):
             reasoning_documents=self.reasoning_documents,
             recall_documents=self.recall_documents,
             recall_tokens=self.recall_tokens,
+            chat_documents=self.chat_documents,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from kvbits.tuning.drop import Answers
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.refine import better_measured, refinement_candidates
@@ -27,6 +28,10 @@ from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import Allocation, Choice
 from kvbits.tuning.team import Alone, Record, Team
 
+# Sizes among which the smallest plan within a drop is found. Finer ones cost half a measurement
+# more each time and differ by less than any affordable number of problems can tell.
+DROP_STEP_BITS = 0.125
+
 
 class Search(NamedTuple):
     """Everything a strategy may use.
@@ -40,6 +45,7 @@ class Search(NamedTuple):
         run: Takes the records of trials.
         progress: Told about trials.
         team: Measures them.
+        answers: To the task whose drop is the budget, if one is.
     """
 
     problem: Problem
@@ -50,6 +56,7 @@ class Search(NamedTuple):
     run: RunDir
     progress: Progress
     team: Team = Alone()
+    answers: Answers | None = None
 
     def trials(self, proposer: Proposer, most: int, stage: str = "search") -> Measured:
         """Run or resume trials."""
@@ -81,6 +88,9 @@ def search(given: Search) -> Found:
     Raises:
         ValueError: It found no plan within the limit.
     """
+    if given.answers is not None:
+        front = _whole_front(given)
+        return Found(front, given.answers.smallest(front))
     if given.settings.strategy in ("exact", "exact+"):
         return _solved(given)
     front = measured_front(given.problem, _measured(given))
@@ -106,6 +116,22 @@ def _solved(given: Search) -> Found:
     chosen_choice = better_measured(given.problem, measured, first[0])
     front = exact.solve_front(problem, exact.budget_grid(problem.costs, bits))
     return Found(front, problem.allocation(chosen_choice))
+
+
+def _whole_front(given: Search) -> list[Allocation]:
+    """The front of the strategy over all sizes, full precision last."""
+    problem, strategy = given.problem, given.settings.strategy
+    layers = len(problem.costs.units)
+    full = problem.allocation((0,) * layers)
+    grid = exact.budget_grid(problem.costs, full.effective_bits, DROP_STEP_BITS)
+    if strategy == "exact":
+        front = exact.solve_front(problem, grid)
+    elif strategy == "exact+":
+        measured = given.trials(CorrectedProposer(problem, [], grid[:-1]), given.settings.trials)
+        front = exact.solve_front(corrected(problem, measured), grid)
+    else:
+        front = measured_front(problem, _measured(given))
+    return [*(plan for plan in front if plan.effective_bits < full.effective_bits), full]
 
 
 def _measured(given: Search) -> Measured:

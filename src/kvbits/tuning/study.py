@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvbits.errors import UnsupportedModelError
-from kvbits.evaluation.corpora import TokenSet, default_sets
+from kvbits.evaluation.corpora import DataSplit, TokenSet, default_sets
+from kvbits.evaluation.sources import Wanted, counting_all, source_sets
+from kvbits.evaluation.stream import reads_packed
 from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning import rivals
@@ -23,24 +25,24 @@ from kvbits.tuning.calibrated import calibrating, check_calibrated
 from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
+from kvbits.tuning.drop import Answers, DropLimit, SideAnswers
 from kvbits.tuning.front import Findings, front_document, plan_with_account
-from kvbits.tuning.identity import Data, identity, versions
+from kvbits.tuning.identity import Data, documents, identity, versions
 from kvbits.tuning.problem import Problem, build_problem
 from kvbits.tuning.progress import Progress, Silent
 from kvbits.tuning.prune import pareto_sets
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.search.optuna_samplers import check_optuna
 from kvbits.tuning.search.trials import Limit, Space
-from kvbits.tuning.sensitivity import Meter, profile_errors, profile_kl
+from kvbits.tuning.sensitivity import Meter, profile_errors
 from kvbits.tuning.settings import DEFAULT_BITS, TuneSettings
+from kvbits.tuning.signals import SIGNALS, Profiling
 from kvbits.tuning.strategies import Found, Search, search
-from kvbits.tuning.tables import (
-    CostTable,
-    FloatArray,
-    sensitivity_table,
-)
+from kvbits.tuning.tables import CostTable, FloatArray
 from kvbits.tuning.team import Alone, Team
 from kvbits.tuning.verify import TaskSettings, Verifier
+
+SPLITS: tuple[DataSplit, ...] = ("calibration", "heldout")
 
 
 class TuneResult(NamedTuple):
@@ -62,6 +64,7 @@ class _Study(NamedTuple):
     run: RunDir
     progress: Progress
     team: Team
+    answers: Answers | None
 
 
 def tune(
@@ -96,17 +99,20 @@ def tune(
     limit = limit_of(settings, candidates, costs)
     if settings.strategy in ("nsga2", "tpe"):
         check_optuna()
-    data = data or default_data(tokenizer, settings)
+    data = data or default_data(tokenizer, settings, model)
     _check_weights(settings, data.calibration)
     run, progress, team = RunDir(run_dir), progress or Silent(), team or Alone()
     known = identity(model, settings, data)
     with run.lock(), team.join(known, run, data):
         run.check_identity(known)
+        run.write_json("documents.json", documents(data))
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)
         check_calibrated(run, team)
+        answers = _answers(model, tokenizer, settings, candidates, run, progress, team)
         study = _Study(
-            *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, team)
+            *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, team),
+            answers,
         )
         findings = _verify(study, *_search(study))
         document = front_document(findings)
@@ -116,13 +122,27 @@ def tune(
     return TuneResult(plan, document, run.path)
 
 
-def default_data(tokenizer: Any, settings: TuneSettings) -> Data:
-    """Return text, reasoning and recall documents; no document is in both splits."""
+def default_data(tokenizer: Any, settings: TuneSettings, model: Any = None) -> Data:
+    """Return the documents of the study's domains; no document is in both splits.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        settings: Names the domains; text, reasoning and recall by default.
+        model: Answers prompts, where a domain has some.
+    """
+    texts = {"calibration": settings.text, "heldout": settings.heldout_text}
+    return Data(*(_sets(tokenizer, settings, model, split, texts[split]) for split in SPLITS))
+
+
+def _sets(
+    tokenizer: Any, settings: TuneSettings, model: Any, split: DataSplit, text: str | None
+) -> list[TokenSet]:
     size, seed = settings.sizes, settings.seed
-    return Data(
-        default_sets(tokenizer, "calibration", size=size, seed=seed, text=settings.text),
-        default_sets(tokenizer, "heldout", size=size, seed=seed, text=settings.heldout_text),
-    )
+    if settings.calibration:
+        wanted = Wanted(tokenizer, model, split, size, seed, settings.answer_tokens)
+        return source_sets(settings.calibration, wanted, settings.count)
+    sets = default_sets(tokenizer, split, size=size, seed=seed, text=text)
+    return [counting_all(each) for each in sets] if settings.count == "all" else sets
 
 
 def _candidates(model: Any, settings: TuneSettings, make: MakePlan | None = None) -> Candidates:
@@ -137,10 +157,31 @@ def _candidates(model: Any, settings: TuneSettings, make: MakePlan | None = None
             "model must have a full attention layer, the only kind that is packed, got "
             f"{geometry.architecture} with none"
         )
-    is_joint = settings.granularity == "layer"
+    by, widths = settings.granularity, settings.widths
     if settings.mode is not None:
-        return of_mode(model.config, settings.mode, settings.widths, is_joint=is_joint)
-    return of_methods(model.config, settings.candidates, settings.widths, make, is_joint=is_joint)
+        return of_mode(model.config, settings.mode, widths, granularity=by)
+    return of_methods(model.config, settings.candidates, widths, make, granularity=by)
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    settings: TuneSettings,
+    candidates: Candidates,
+    run: RunDir,
+    progress: Progress,
+    team: Team,
+) -> Answers | None:
+    """Answers to the task of a ``max_drop``, None for other budgets."""
+    if settings.max_drop is None:
+        return None
+    return Answers(model, tokenizer, candidates, _problems_of(settings), run, progress, team)
+
+
+def _problems_of(settings: TuneSettings) -> DropLimit:
+    """The calibration problems of the first task, and how many of them may be lost."""
+    most, task = settings.max_drop or 0.0, next(iter(settings.tasks), "")
+    return DropLimit(most, settings.drop_rule, task, settings.task_n, settings.seed)
 
 
 def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> None:
@@ -155,36 +196,41 @@ def _check_weights(settings: TuneSettings, token_sets: Sequence[TokenSet]) -> No
 def _search(study: _Study) -> tuple[Problem, Found]:
     settings, costs, run = study.settings, study.costs, study.run
     meter = Meter(study.model, study.data.calibration, study.candidates)
-    error_records = profile_errors(meter, run=run, progress=study.progress, team=study.team)
-    table = sensitivity_table(
-        profile_kl(meter, run=run, progress=study.progress, team=study.team),
-        domains=tuple(meter.token_sets),
-        sides=[option.label for option in study.candidates.sides],
-        layers=study.candidates.layers,
+    is_seen = reads_packed(study.model)
+    if is_seen:
+        error_records = profile_errors(meter, run=run, progress=study.progress, team=study.team)
+    sides = SideAnswers(
+        study.model, study.tokenizer, study.candidates, _problems_of(settings), run
     )
+    profiling = Profiling(meter, costs, sides, run, study.progress, study.team)
     problem = build_problem(
-        table,
+        SIGNALS[settings.sensitivity](profiling),
         costs,
         bits=study.limit.bits or DEFAULT_BITS,
         objective=settings.objective,
         weights=settings.domain_weights,
     )
-    errors = np.array([record["e_o"] for record in error_records]).reshape(costs.units.shape)
+    if is_seen:
+        errors = np.array([record["e_o"] for record in error_records]).reshape(costs.units.shape)
+        space = _prune(study, "e_o", errors)
+    else:  # attention of the model's own does not show what it caches
+        space = _prune(study, settings.sensitivity, problem.loss.max(axis=0))
     given = Search(
         problem,
-        _prune(study, errors),
+        space,
         meter.document_kl,
         settings,
         study.limit,
         run,
         study.progress,
         study.team,
+        study.answers,
     )
     return problem, search(given)
 
 
-def _prune(study: _Study, errors: FloatArray) -> Space:
-    """Prune and cluster on e_o; write ``pruned.json``."""
+def _prune(study: _Study, sensitivity: str, errors: FloatArray) -> Space:
+    """Prune and cluster on e_o, or what the programme adds up; write ``pruned.json``."""
     costs, layers = study.costs, study.candidates.layers
     kept = pareto_sets(costs, errors)
     groups = cluster_layers(kept, errors)
@@ -194,7 +240,7 @@ def _prune(study: _Study, errors: FloatArray) -> Space:
     }
     named = [[layers[row] for row in group] for group in groups]
     study.run.write_json(
-        "pruned.json", {"sensitivity": "e_o", "candidates": candidates, "groups": named}
+        "pruned.json", {"sensitivity": sensitivity, "candidates": candidates, "groups": named}
     )
     return Space(groups, tuple(kept[group[0]] for group in groups))
 
@@ -219,7 +265,8 @@ def _verify(study: _Study, problem: Problem, found: Found) -> Findings:
     )
     domains = tuple(token_set.domain for token_set in study.data.calibration)
     findings = Findings(
-        settings, problem, domains, bits, entries, found.front, found.chosen, verifier
+        *(settings, problem, domains, bits, entries, found.front, found.chosen, verifier),
+        None if study.answers is None else study.answers.account(found.chosen.choice),
     )
     verifier.run_all(entries, study.progress)
     return findings

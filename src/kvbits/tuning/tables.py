@@ -21,6 +21,24 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 EXACT_LABEL = "K16V16"
 
+Row: TypeAlias = int | str
+"""What decides alone: a layer by its index, or a head of one: ``3.1`` is head 1 of layer 3."""
+
+
+class Place(NamedTuple):
+    """Where in the model a row is; no head means all of the layer."""
+
+    layer: int
+    head: int | None
+
+
+def place_of(row: Row) -> Place:
+    """Return the layer and the key/value head of a row."""
+    if isinstance(row, int):
+        return Place(row, None)
+    layer, _, head = row.partition(".")
+    return Place(int(layer), int(head))
+
 
 class Candidate(NamedTuple):
     """One way to store a layer, a column of every table; None is a side that stays exact."""
@@ -53,7 +71,7 @@ def sensitivity_table(
     *,
     domains: Sequence[str],
     sides: Sequence[str],
-    layers: Sequence[int],
+    layers: Sequence[Row],
 ) -> SensitivityTable:
     """Assemble the table from the lines of ``sensitivity.jsonl``, one row per layer of ``layers``.
 
@@ -88,12 +106,20 @@ class CostTable(NamedTuple):
         units: ``[L, P]`` stored size in units.
         num_values: Values stored by all packable layers together, in the same accounting.
         unit_bits: Bits in one unit.
+        layer_starts: First row of every packable layer; empty where every row is one.
     """
 
     candidates: tuple[Candidate, ...]
     units: IntArray
     num_values: int
     unit_bits: float
+    layer_starts: tuple[int, ...] = ()
+
+    @property
+    def layer_ends(self) -> tuple[int, ...]:
+        """Rows at which the first 0, 1, ... layers end."""
+        rows = len(self.units)
+        return (*(self.layer_starts or range(rows)), rows)
 
     def total(self, choice: Choice) -> int:
         """Return the units of one candidate index per layer."""

@@ -167,6 +167,6 @@ def _portable(identity: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in identity["settings"].items()
-        if name not in ("text", "heldout_text")
+        if name not in ("text", "heldout_text", "calibration")
     }
     return {**identity, "settings": settings}

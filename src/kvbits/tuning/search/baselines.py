@@ -35,9 +35,9 @@ def best_ladder(problem: Problem, bits: float) -> Named | None:
     and every two candidates are tried; of equals the smaller plan is taken.
     """
     here, costs = problem.at(bits), problem.costs
-    layers = costs.units.shape[0]
+    layers, at = costs.units.shape[0], costs.layer_ends
     totals = costs.units.sum(axis=0)
-    ends = [(a, b) for a in range(layers + 1) for b in range(layers - a) if a + b]
+    ends = [(a, layers - c) for a in at for c in at if a < c and a + layers - c]
     if not ends:  # a model of one layer has uniform plans only
         return None
     first, last = np.array(ends).T
@@ -62,9 +62,11 @@ def best_ladder(problem: Problem, bits: float) -> Named | None:
         return None
     _, _, high, low, pick = min(found)
     a, b = ends[pick]
+    named = at.index(a), len(at) - 1 - at.index(layers - b)
     choice = (high,) * a + (low,) * (layers - a - b) + (high,) * b
     labels = [costs.candidates[index].label for index in (high, low)]
-    return f"first {a}, last {b} {labels[0]}, rest {labels[1]}", problem.allocation(choice)
+    name = f"first {named[0]}, last {named[1]} {labels[0]}, rest {labels[1]}"
+    return name, problem.allocation(choice)
 
 
 def random_plan(problem: Problem, bits: float, *, seed: int) -> Allocation | None:

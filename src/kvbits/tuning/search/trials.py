@@ -51,7 +51,7 @@ class Space(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """What a plan should not exceed; None is no limit."""
+    """What a plan should not exceed; None is no limit. A drop in a task is checked apart."""
 
     bits: float | None = None
     kl_nats: float | None = None  # in every domain
