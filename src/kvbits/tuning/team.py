@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from kvbits.tuning.identity import Data
-from kvbits.tuning.rundir import RunDir
+if TYPE_CHECKING:  # what settings import may use a team, and identity imports settings
+    from kvbits.tuning.identity import Data
+    from kvbits.tuning.rundir import RunDir
 
 Record: TypeAlias = Mapping[str, Any]
 Step = TypeVar("Step", bound=Hashable)
