@@ -7,6 +7,7 @@ KVBitsError
 ├── MissingLibraryError      an optional library is not installed
 ├── CalibrationError         calibration data or states are unusable
 ├── PolicyError              a replay policy raised an exception or returned what it must not
+├── StorageError             a storage that workers share cannot be opened, or was lost
 └── RecordError              a stored record or run directory is damaged or from another run
 
 Bad arguments are plain ``ValueError`` and ``TypeError``.
@@ -41,6 +42,10 @@ class CalibrationError(KVBitsError):
 
 class PolicyError(KVBitsError):
     """A hook of a replay policy raised an exception, or returned what it must not."""
+
+
+class StorageError(KVBitsError):
+    """The storage that workers share cannot be opened, or was lost while they worked."""
 
 
 class RecordError(KVBitsError):

@@ -37,6 +37,18 @@ def tpe_proposer(problem: Problem, space: Space = SPACE):
     return OptunaProposer(problem, space, LIMIT, tpe(8), seed=7)
 
 
+def parallel_moead(problem: Problem, space: Space = SPACE):
+    return MoeadProposer(problem, space, LIMIT, population=8, seed=7, parallel=5)
+
+
+def parallel_nsga2(problem: Problem, space: Space = SPACE):
+    return OptunaProposer(problem, space, LIMIT, nsga2(8), seed=7, parallel=8)
+
+
+def parallel_tpe(problem: Problem, space: Space = SPACE):
+    return OptunaProposer(problem, space, LIMIT, tpe(8, is_parallel=True), seed=7, parallel=5)
+
+
 PROPOSERS = (moead_proposer, nsga2_proposer, tpe_proposer)
 
 
@@ -47,7 +59,18 @@ def domains_of(problem: Problem, choice):
     ]
 
 
-def run_search(make, problem: Problem, path, *, trials: int = 30, kill_after: int | None = None):
+class Backwards:
+    """A team that hands in the last step first."""
+
+    def measure(self, kind, steps, one, known):
+        for step in reversed(list(dict.fromkeys(steps))):
+            if step not in known:
+                yield step, one(step)
+
+
+def run_search(
+    make, problem: Problem, path, *, trials: int = 30, kill_after: int | None = None, team=None
+):
     """Search; stop short like a kill would."""
     calls = 0
 
@@ -58,8 +81,8 @@ def run_search(make, problem: Problem, path, *, trials: int = 30, kill_after: in
         calls += 1
         return domains_of(problem, choice)
 
-    run = RunDir(path)
-    found = run_trials(problem, make(problem), evaluate, trials=trials, run=run, progress=Silent())
+    run, settings = RunDir(path), {"trials": trials, "progress": Silent(), "team": team}
+    found = run_trials(problem, make(problem), evaluate, run=run, **settings)
     return measured_front(problem, found)
 
 
@@ -99,6 +122,33 @@ def test_interrupted_search_ends_like_an_uninterrupted_one(make, problem, tmp_pa
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("make", [parallel_moead, parallel_nsga2, parallel_tpe])
+def test_parallel_search_finds_the_same_whoever_is_first(make, problem, tmp_path):
+    """In whatever order plans of a batch are measured, and wherever the search was interrupted."""
+    whole = run_search(make, problem, tmp_path / "whole")
+    assert run_search(make, problem, tmp_path / "back", team=Backwards()) == whole
+    for kill_after in (0, 7, 9):
+        with pytest.raises(Killed):
+            run_search(make, problem, tmp_path / "killed", kill_after=kill_after, team=Backwards())
+    assert run_search(make, problem, tmp_path / "killed") == whole
+    logs = [
+        RunDir(tmp_path / name).records("search.jsonl") for name in ("whole", "back", "killed")
+    ]
+    in_order = [sorted(log, key=lambda line: line["trial"]) for log in logs]
+    assert in_order[0] == in_order[1] == in_order[2]
+    assert [line["trial"] for line in in_order[0]] == list(range(30))
+    assert logs[0] != logs[1]
+
+
+def test_generations_measured_at_once_are_those_of_nsga2(problem, tmp_path):
+    """Nothing is learnt within a generation, so that workers cost no quality."""
+    fronts = [
+        run_search(make, problem, tmp_path / make.__name__)
+        for make in (nsga2_proposer, parallel_nsga2)
+    ]
+    assert fronts[0] == fronts[1]
+
+
 def test_finished_search_measures_nothing_again(problem, tmp_path):
     whole = run_search(moead_proposer, problem, tmp_path)
     assert run_search(moead_proposer, problem, tmp_path, kill_after=0) == whole
@@ -106,7 +156,10 @@ def test_finished_search_measures_nothing_again(problem, tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "space", "first"),
-    [(moead_proposer, WIDE, 9), (nsga2_proposer, SPACE, 8), (tpe_proposer, SPACE, 8)],
+    [
+        *((moead_proposer, WIDE, 9), (nsga2_proposer, SPACE, 8), (tpe_proposer, SPACE, 8)),
+        *((parallel_moead, WIDE, 9), (parallel_tpe, SPACE, 8)),
+    ],
 )
 def test_search_improves_on_its_first_generation(make, space, first, problem, tmp_path):
     """The uniform plans and a few random ones against more than 50 trials behind them."""

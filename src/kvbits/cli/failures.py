@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -78,6 +80,20 @@ def one_line_errors(command: Callable[Parameters, Result]) -> Callable[Parameter
             fail("interrupted", INTERRUPTED)
 
     return run
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Take the signal by which batch systems end a job as an interrupt: it ends cleanly."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reason(error: BaseException) -> str:

@@ -70,6 +70,20 @@ def _check_accelerate() -> None:
         )
 
 
+def load_pair(device: str, *, name: str, dtype: str) -> tuple[Any, Any]:
+    """Load model and tokenizer as above, for workers, which know of a device and no more."""
+    loaded = load_model(name, device, dtype)
+    return loaded.model, loaded.tokenizer
+
+
+def devices_of(workers: int, name: str) -> list[str]:
+    """Return a device for each of several workers: all GPUs in turn unless one is named."""
+    import torch
+
+    count = torch.cuda.device_count() if name in ("auto", "cuda") and workers > 1 else 0
+    return [f"cuda:{index % count}" if count else name for index in range(workers)]
+
+
 def resolve_device(name: str) -> Any:
     """The device a name stands for, once torch has shown that it can use it."""
     import torch

@@ -20,6 +20,15 @@ from kvbits.cli.options import (
     Seed,
     Verbose,
 )
+from kvbits.cli.sharing import (
+    Parallel,
+    Sharing,
+    Storage,
+    Study,
+    Workers,
+    tune_shared,
+    with_parallel,
+)
 
 
 class Strategy(StrEnum):
@@ -179,6 +188,10 @@ def tune(
         typer.Option(help="Tokens whose KL counts: answers (default), or all of a document."),
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Plans to measure.")] = None,
+    workers: Workers = 1,
+    storage: Storage = None,
+    study: Study = None,
+    parallel: Parallel = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default under runs/.")
     ] = None,
@@ -212,11 +225,13 @@ def tune(
         "calibration": tuple(calibration) if calibration else None,
         "count": _value(count),
         "trials": trials,
+        "parallel": parallel,
     }
     given = {key: value for key, value in given.items() if value is not None}
+    sharing = Sharing.of(workers, storage, study)
     run_dir = output or Path("runs") / _default_name(model, given, recipe)
     try:
-        _tune(model, run_dir, device, dtype.value, given, recipe)
+        _tune(model, run_dir, device, dtype.value, given, recipe, sharing)
     except KeyboardInterrupt:
         fail(
             f"stopped; results so far are in {run_dir}, and the same command continues from there",
@@ -277,6 +292,7 @@ def _tune(
     dtype: str,
     given: dict[str, Any],
     recipe: Recipe | None,
+    sharing: Sharing,
 ) -> None:
     from kvbits.cli.models import load_model
     from kvbits.cli.output import StageBars
@@ -285,9 +301,13 @@ def _tune(
     from kvbits.tuning.settings import RECIPES, TuneSettings
 
     settings = TuneSettings(**given, **_of_recipe(given, recipe, RECIPES))
-    loaded = load_model(name, device, dtype)
-    with StageBars() as progress:
-        study.tune(loaded.model, loaded.tokenizer, settings, run_dir, progress)
+    settings = with_parallel(settings, run_dir, settings.population if sharing.is_shared else 1)
+    if sharing.is_shared:
+        tune_shared(name, run_dir, device, dtype, settings, sharing)
+    else:
+        loaded = load_model(name, device, dtype)
+        with StageBars() as progress:
+            study.tune(loaded.model, loaded.tokenizer, settings, run_dir, progress)
     write_page(run_dir, model=name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +12,11 @@ from kvbits.methods import Method
 from kvbits.plan import CachePlan
 from kvbits.tuning.candidates import MakePlan
 from kvbits.tuning.progress import Progress
-from kvbits.tuning.rundir import RunDir
+from kvbits.tuning.rundir import RunDir, check_same
+from kvbits.tuning.team import Kind, Team
 
 FOLDER = "calibrated"
+FITTED = Kind("calibrated")
 
 
 def calibrating(
@@ -36,3 +39,22 @@ def calibrating(
         return plan
 
     return make
+
+
+def check_calibrated(run: RunDir, team: Team) -> None:
+    """Check that all of a team fitted the same plans: they measure under one name.
+
+    Raises:
+        RecordError: This process fitted others than the first, on other hardware for example.
+    """
+    files = sorted(run.file(FOLDER).glob("*.json"))
+    own = {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    if not own:
+        return
+    for _, first in team.measure(FITTED, ["plans"], lambda _: own, {}):
+        check_same(
+            first,
+            own,
+            f"calibrated plans must be those of the first worker, got {run.file(FOLDER)}",
+            f"copy {FOLDER}/ from the run directory where the study began",
+        )

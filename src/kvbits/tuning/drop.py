@@ -7,21 +7,23 @@ is paired, and what is not known is said: the interval, and whether it leaves th
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from kvbits.evaluation.accuracy import Accuracy, run_task
 from kvbits.evaluation.statistics import Z95, Difference, paired_difference, proportion
 from kvbits.evaluation.tasks import TASKS, Split
 from kvbits.plan import CachePlan
-from kvbits.tuning.candidates import Candidates
+from kvbits.tuning.candidates import Candidates, SideOption
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.tables import Allocation, Choice
+from kvbits.tuning.team import Alone, Kind, Team
 
 RECORDS, SIDE_RECORDS = "drop.jsonl", "accuracy.jsonl"
+DROP, SIDES = Kind("drop"), Kind("accuracy", ("kl_nats",))
 SPLIT: Split = "valid"  # problems of the test split are for reporting
 
 DropRule: TypeAlias = Literal["estimate", "interval"]
@@ -85,6 +87,7 @@ class Answers:
         limit: Says which problems.
         run: Where the records are, and go.
         progress: Told about every plan.
+        team: Measures; this process alone by default.
     """
 
     def __init__(
@@ -95,9 +98,11 @@ class Answers:
         limit: DropLimit,
         run: RunDir,
         progress: Progress,
+        team: Team | None = None,
     ) -> None:
         self._model, self._tokenizer, self._candidates = model, tokenizer, candidates
         self.limit, self._run, self._progress = limit, run, progress
+        self._team = team or Alone()
         self._known: dict[Choice, tuple[bool, ...]] = {
             tuple(record["choice"]): tuple(record["correct"]) for record in run.records(RECORDS)
         }
@@ -105,13 +110,14 @@ class Answers:
     def correct(self, choice: Choice) -> tuple[bool, ...]:
         """Return which problems a plan solves."""
         if choice not in self._known:
-            plan = self._candidates.plan(choice) if any(choice) else None
-            result = solve(self._model, self._tokenizer, self.limit, plan)
-            self._known[choice] = result.correct
-            self._run.append(RECORDS, self._record(choice, result))
+            for _, record in self._team.measure(DROP, [choice], self._measure, {}):
+                self._known[choice] = tuple(record["correct"])
+                self._run.append(RECORDS, record)
         return self._known[choice]
 
-    def _record(self, choice: Choice, result: Accuracy) -> dict[str, Any]:
+    def _measure(self, choice: Choice) -> dict[str, Any]:
+        plan = self._candidates.plan(choice) if any(choice) else None
+        result = solve(self._model, self._tokenizer, self.limit, plan)
         return {
             "choice": choice,
             "labels": self._candidates.labels(choice),
@@ -176,28 +182,33 @@ class SideAnswers:
         self._model, self._tokenizer, self._candidates = model, tokenizer, candidates
         self._problems, self._run = problems, run
 
-    def lost(self, progress: Progress) -> list[dict[str, Any]]:
+    def lost(self, progress: Progress, team: Team) -> list[dict[str, Any]]:
         """Return, as lines of a sensitivity profile, the share of problems lost by every side."""
         records = self._run.records(SIDE_RECORDS)
-        known = {(record["layer"], record["label"]) for record in records}
+        known = {(record["layer"], record["label"]): record for record in records}
         rows, sides = self._candidates.layers, self._candidates.sides
-        progress.start("accuracy of sides", len(rows) * len(sides))
+        steps = {(row, option.label): option for row in rows for option in sides}
+        progress.start("accuracy of sides", len(steps))
         progress.advance(len(known))
-        full = None
-        for row, option in itertools.product(rows, sides):
-            if (row, option.label) in known:
-                continue
-            full = full or solve(self._model, self._tokenizer, self._problems, None).correct
-            plan = self._candidates.isolated(row, option)
-            correct = solve(self._model, self._tokenizer, self._problems, plan).correct
-            lost = sum(x and not y for x, y in zip(full, correct, strict=True))
-            record = {"layer": row, "side": option.side, "bits": option.bits}
-            record |= {"label": option.label, "kl_nats": lost / len(full), "n": len(full)}
+        measured = team.measure(SIDES, steps, lambda step: self._lost(step[0], steps[step]), known)
+        for _, record in measured:
             self._run.append(SIDE_RECORDS, record)
-            records.append(record)
+            records.append(dict(record))
             progress.advance()
         progress.finish()
         return records
+
+    def _lost(self, row: int, option: SideOption) -> dict[str, Any]:
+        plan = self._candidates.isolated(row, option)
+        correct = solve(self._model, self._tokenizer, self._problems, plan).correct
+        lost = sum(x and not y for x, y in zip(self._full, correct, strict=True))
+        record = {"layer": row, "side": option.side, "bits": option.bits}
+        return record | {"label": option.label, "kl_nats": lost / len(correct), "n": len(correct)}
+
+    @cached_property
+    def _full(self) -> Sequence[bool]:
+        """What full precision solves."""
+        return solve(self._model, self._tokenizer, self._problems, None).correct
 
 
 def _told(difference: Difference, limit: DropLimit) -> dict[str, Any]:

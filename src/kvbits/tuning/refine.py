@@ -14,8 +14,8 @@ from kvbits.evaluation.statistics import paired_mean_difference
 from kvbits.tuning.problem import Objective, Problem
 from kvbits.tuning.search import baselines
 from kvbits.tuning.search.exact import solve
-from kvbits.tuning.search.trials import Record
 from kvbits.tuning.tables import Choice
+from kvbits.tuning.team import Record
 
 
 def refinement_candidates(problem: Problem, bits: float) -> list[Choice]:

@@ -62,13 +62,12 @@ class RunDir:
         if stored is None:
             self.write_json("study.json", identity)
             return
-        fixed = json.loads(json.dumps({k: v for k, v in identity.items() if k not in _LOOSE}))
-        for key, value in fixed.items():
-            if stored.get(key) != value:
-                raise RecordError(
-                    f"run directory must belong to this study, got {self.path} made with another "
-                    f"{_difference(key, stored.get(key), value)}; choose another with -o"
-                )
+        check_same(
+            stored,
+            identity,
+            f"run directory must belong to this study, got {self.path}",
+            "choose another with -o",
+        )
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one line and wait until it is on disk."""
@@ -129,6 +128,21 @@ class RunDir:
 
 
 _LOOSE = frozenset({"versions", "created"})
+
+
+def check_same(
+    stored: Mapping[str, Any], asked: Mapping[str, Any], what: str, remedy: str
+) -> None:
+    """Compare the identity of a study with a stored one, but for versions and the time.
+
+    Raises:
+        RecordError: They differ; it begins with ``what`` and ends with ``remedy``.
+    """
+    fixed = json.loads(json.dumps({k: v for k, v in asked.items() if k not in _LOOSE}))
+    for key, value in fixed.items():
+        if stored.get(key) != value:
+            difference = _difference(key, stored.get(key), value)
+            raise RecordError(f"{what} made with another {difference}; {remedy}")
 
 
 def _difference(key: str, stored: Any, asked: Any) -> str:

@@ -22,9 +22,11 @@ from kvbits.tuning.candidates import Candidates, SideOption
 from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.tables import Choice, Row
+from kvbits.tuning.team import Alone, Kind, Team
 
 KL_RECORDS = "sensitivity.jsonl"
 ERROR_RECORDS = "errors.jsonl"
+SENSITIVITY, ERRORS = Kind("sensitivity", ("kl_nats",)), Kind("errors")
 NUM_QUERIES = 64
 
 
@@ -71,37 +73,42 @@ class IsolatedSide(NamedTuple):
     label: str
 
 
-def profile_kl(meter: Meter, *, run: RunDir, progress: Progress) -> list[dict[str, Any]]:
+def profile_kl(
+    meter: Meter, *, run: RunDir, progress: Progress, team: Team | None = None
+) -> list[dict[str, Any]]:
     """Measure the isolated forward KL of every layer, codec and domain; resume a stopped run.
 
     Returns:
         The lines of ``sensitivity.jsonl``.
     """
     records = run.records(KL_RECORDS)
-    done = {IsolatedSide(r["domain"], r["layer"], r["label"]) for r in records}
-    steps = list(_steps(meter))
+    known = {IsolatedSide(r["domain"], r["layer"], r["label"]): r for r in records}
+    steps = dict(_steps(meter))
     progress.start("sensitivity", len(steps))
-    progress.advance(len(done))
-    for step, option in steps:
-        if step in done:
-            continue
-        plan = meter.candidates.isolated(step.layer, option)
-        result = meter.divergence(plan, step.domain)
-        record = {
-            "layer": step.layer,
-            "side": option.side,
-            "bits": option.bits,
-            "label": option.label,
-            "domain": step.domain,
-            "kl_nats": rounded(result.kl_nats),
-            "kl_se": rounded_or_none(result.kl_se),
-            "seconds": round(result.seconds, 3),
-        }
+    progress.advance(len(known))
+    measured = (team or Alone()).measure(
+        SENSITIVITY, steps, lambda step: _measure_side(meter, step, steps[step]), known
+    )
+    for _, record in measured:
         run.append(KL_RECORDS, record)
-        records.append(record)
+        records.append(dict(record))
         progress.advance()
     progress.finish()
     return records
+
+
+def _measure_side(meter: Meter, step: IsolatedSide, option: SideOption) -> dict[str, Any]:
+    result = meter.divergence(meter.candidates.isolated(step.layer, option), step.domain)
+    return {
+        "layer": step.layer,
+        "side": option.side,
+        "bits": option.bits,
+        "label": option.label,
+        "domain": step.domain,
+        "kl_nats": rounded(result.kl_nats),
+        "kl_se": rounded_or_none(result.kl_se),
+        "seconds": round(result.seconds, 3),
+    }
 
 
 def _steps(meter: Meter) -> Iterator[tuple[IsolatedSide, SideOption]]:
@@ -123,7 +130,9 @@ def rounded_or_none(value: float) -> float | None:
     return None if math.isnan(value) else rounded(value)
 
 
-def profile_errors(meter: Meter, *, run: RunDir, progress: Progress) -> list[dict[str, Any]]:
+def profile_errors(
+    meter: Meter, *, run: RunDir, progress: Progress, team: Team | None = None
+) -> list[dict[str, Any]]:
     """Measure e_k, e_v, e_a and e_o of every layer and candidate on the calibration documents.
 
     Every document counts the same within its domain, and every domain the same.
@@ -136,7 +145,7 @@ def profile_errors(meter: Meter, *, run: RunDir, progress: Progress) -> list[dic
     if len(records) == len(layers) * len(columns):
         return records
     run.file(ERROR_RECORDS).unlink(missing_ok=True)
-    means = _mean_errors(meter, progress)
+    means = _mean_errors(meter, progress, team or Alone())
     records = [
         {
             "layer": layer,
@@ -151,25 +160,38 @@ def profile_errors(meter: Meter, *, run: RunDir, progress: Progress) -> list[dic
     return records
 
 
-def _mean_errors(meter: Meter, progress: Progress) -> torch.Tensor:
+def _mean_errors(meter: Meter, progress: Progress, team: Team) -> torch.Tensor:
+    total = sum(token_set.num_documents for token_set in meter.token_sets.values())
+    progress.start("attention errors", total)
+    measured_here: set[str] = set()
+
+    def one(domain: str) -> dict[str, Any]:
+        measured_here.add(domain)
+        return {"means": _domain_errors(meter, domain, progress).tolist()}
+
+    found = {}
+    for domain, record in team.measure(ERRORS, meter.token_sets, one, {}):
+        found[domain] = torch.tensor(record["means"], dtype=torch.float64)
+        if domain not in measured_here:
+            progress.advance(meter.token_sets[domain].num_documents)
+    progress.finish()
+    return torch.stack([found[domain] for domain in meter.token_sets]).mean(0)
+
+
+def _domain_errors(meter: Meter, domain: str, progress: Progress) -> torch.Tensor:
+    """Mean errors over the documents of a domain, ``[L, P, 4]``."""
     candidates = meter.candidates
     plans = [
         [candidates.layer_plan(layer, column) for column in range(len(candidates.columns))]
         for layer in candidates.layers
     ]
-    total = sum(token_set.num_documents for token_set in meter.token_sets.values())
-    progress.start("attention errors", total)
-    domains = []
-    for token_set in meter.token_sets.values():
-        sums = ErrorSums(plans, candidates.layers)
-        with observed_attention(meter.model, sums.observe, num_queries=NUM_QUERIES):
-            for document in _documents(token_set):
-                with torch.no_grad():
-                    meter.model(document.to(input_device(meter.model)), use_cache=False)
-                progress.advance()
-        domains.append(sums.means())
-    progress.finish()
-    return torch.stack(domains).mean(0)
+    sums = ErrorSums(plans, candidates.layers)
+    with observed_attention(meter.model, sums.observe, num_queries=NUM_QUERIES):
+        for document in _documents(meter.token_sets[domain]):
+            with torch.no_grad():
+                meter.model(document.to(input_device(meter.model)), use_cache=False)
+            progress.advance()
+    return sums.means()
 
 
 def _documents(token_set: TokenSet) -> Iterator[torch.Tensor]:

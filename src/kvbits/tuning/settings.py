@@ -22,6 +22,8 @@ BUDGETS = ("bits", "memory", "max_kl", "max_drop")
 DEFAULT_BITS = 4.0
 DROP_PROBLEMS = 200
 Strategy = Literal["exact", "exact+", "moead", "nsga2", "tpe", "uniform", "ladder", "random"]
+LEARNING: tuple[Strategy, ...] = ("moead", "nsga2", "tpe")
+"""Strategies that measure many trials and learn from each."""
 RECIPES: dict[str, dict[str, Any]] = {
     "kvtuner": {
         "strategy": "moead",
@@ -90,6 +92,9 @@ class TuneSettings(BaseModel):
         recall_tokens: Approximate tokens of a recall document.
         trials: Plans that strategies measure which go by measuring, under each limit.
         population: Population of ``moead`` and ``nsga2``; random trials that ``tpe`` starts with.
+        parallel: Trials that ``moead``, ``nsga2`` and ``tpe`` propose before the first of them is
+            known, so that several workers have something to do. It decides what is found; how many
+            workers there are does not.
         limits: Soft limits in effective bits that those strategies search under one after the
             other, results joined; by default the budget alone.
         random_plans: Random plans to compare with.
@@ -130,6 +135,7 @@ class TuneSettings(BaseModel):
     recall_tokens: int = Field(default=_SIZES.recall_tokens, ge=64)
     trials: int = Field(default=100, ge=1)
     population: int = Field(default=20, ge=2)
+    parallel: int = Field(default=1, ge=1)
     limits: tuple[Annotated[float, Field(gt=0)], ...] = ()
     random_plans: int = Field(default=3, ge=0)
     tasks: tuple[str, ...] = ("arithmetic",)
@@ -218,10 +224,12 @@ class TuneSettings(BaseModel):
                 "domain_weights must be given with objective sum or balanced, got minimax, which "
                 "has no use for them"
             )
-        if self.limits and self.strategy not in ("moead", "nsga2", "tpe"):
-            raise ValueError(
-                f"limits must be given with strategy moead, nsga2 or tpe, got {self.strategy}"
-            )
+        for name in ("limits", "parallel"):
+            is_given = getattr(self, name) != type(self).model_fields[name].default
+            if is_given and self.strategy not in LEARNING:
+                raise ValueError(
+                    f"{name} must be given with strategy moead, nsga2 or tpe, got {self.strategy}"
+                )
         if self.limits and (self.bits is None or min(self.limits) > self.bits):
             raise ValueError(
                 f"limits must have one within the budget of {self.bits} bits, got {self.limits}"

@@ -19,6 +19,7 @@ from kvbits.tuning.progress import Progress
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.sensitivity import Meter, profile_errors, profile_kl
 from kvbits.tuning.tables import CostTable, FloatArray, sensitivity_table
+from kvbits.tuning.team import Team
 
 Signal: TypeAlias = Literal["kl", "fisher", "e_o", "accuracy"]
 ANCHORS = "anchor.jsonl"
@@ -33,6 +34,7 @@ class Profiling(NamedTuple):
         answers: To the problems of the study's first task.
         run: Takes the records.
         progress: Told about steps.
+        team: Measures.
     """
 
     meter: Meter
@@ -40,6 +42,7 @@ class Profiling(NamedTuple):
     answers: SideAnswers
     run: RunDir
     progress: Progress
+    team: Team
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -59,7 +62,9 @@ class Profiling(NamedTuple):
 
 def kl(given: Profiling) -> FloatArray:
     """Isolated forward KL: every codec of every row in a pass of its own."""
-    return given.of_sides(profile_kl(given.meter, run=given.run, progress=given.progress))
+    return given.of_sides(
+        profile_kl(given.meter, run=given.run, progress=given.progress, team=given.team)
+    )
 
 
 def fisher(given: Profiling) -> FloatArray:
@@ -70,7 +75,7 @@ def fisher(given: Profiling) -> FloatArray:
 
 def attention_output(given: Profiling) -> FloatArray:
     """KVTuner's e_o, the same for all domains: one forward pass for all rows and candidates."""
-    records = profile_errors(given.meter, run=given.run, progress=given.progress)
+    records = profile_errors(given.meter, run=given.run, progress=given.progress, team=given.team)
     errors = np.array([record["e_o"] for record in records]).reshape(given.costs.units.shape)
     return anchored(given, np.repeat(errors[None], len(given.domains), axis=0))
 
@@ -84,7 +89,7 @@ def accuracy(given: Profiling) -> FloatArray:
     lost = given.of_sides(
         [
             record | {"domain": domain}
-            for record in given.answers.lost(given.progress)
+            for record in given.answers.lost(given.progress, given.team)
             for domain in given.domains
         ]
     )

@@ -20,13 +20,13 @@ from kvbits.tuning.search.trials import (
     Limit,
     Listed,
     Proposer,
-    Record,
     Space,
     measured_front,
     run_trials,
 )
 from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import Allocation, Choice
+from kvbits.tuning.team import Alone, Record, Team
 
 # Sizes among which the smallest plan within a drop is found. Finer ones cost half a measurement
 # more each time and differ by less than any affordable number of problems can tell.
@@ -44,6 +44,7 @@ class Search(NamedTuple):
         limit: The budget.
         run: Takes the records of trials.
         progress: Told about trials.
+        team: Measures them.
         answers: To the task whose drop is the budget, if one is.
     """
 
@@ -54,6 +55,7 @@ class Search(NamedTuple):
     limit: Limit
     run: RunDir
     progress: Progress
+    team: Team = Alone()
     answers: Answers | None = None
 
     def trials(self, proposer: Proposer, most: int, stage: str = "search") -> Measured:
@@ -66,6 +68,7 @@ class Search(NamedTuple):
             run=self.run,
             progress=self.progress,
             stage=stage,
+            team=self.team,
         )
 
 
@@ -160,14 +163,21 @@ def _nsga2(given: Search) -> tuple[Proposer, int]:
 
 
 def _tpe(given: Search) -> tuple[Proposer, int]:
-    return _by_optuna(given, tpe(given.settings.population))
+    settings = given.settings
+    return _by_optuna(given, tpe(settings.population, is_parallel=settings.parallel > 1))
 
 
 def _by_optuna(given: Search, sampler: Callable[..., object]) -> tuple[Proposer, int]:
+    settings = given.settings
     proposer = OptunaProposer(
-        given.problem, given.space, given.limit, sampler, seed=given.settings.seed
+        given.problem,
+        given.space,
+        given.limit,
+        sampler,
+        seed=settings.seed,
+        parallel=settings.parallel,
     )
-    return proposer, given.settings.trials
+    return proposer, settings.trials
 
 
 def _moead(given: Search) -> tuple[Proposer, int]:
@@ -178,6 +188,7 @@ def _moead(given: Search) -> tuple[Proposer, int]:
         given.limit,
         population=settings.population,
         seed=settings.seed,
+        parallel=settings.parallel,
     )
     return proposer, settings.trials
 

@@ -21,7 +21,7 @@ from kvbits.geometry import ModelGeometry
 from kvbits.plan import CachePlan
 from kvbits.tuning import rivals
 from kvbits.tuning.budget import limit_of
-from kvbits.tuning.calibrated import calibrating
+from kvbits.tuning.calibrated import calibrating, check_calibrated
 from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
@@ -39,6 +39,7 @@ from kvbits.tuning.settings import DEFAULT_BITS, TuneSettings
 from kvbits.tuning.signals import SIGNALS, Profiling
 from kvbits.tuning.strategies import Found, Search, search
 from kvbits.tuning.tables import CostTable, FloatArray
+from kvbits.tuning.team import Alone, Team
 from kvbits.tuning.verify import TaskSettings, Verifier
 
 SPLITS: tuple[DataSplit, ...] = ("calibration", "heldout")
@@ -62,6 +63,7 @@ class _Study(NamedTuple):
     limit: Limit
     run: RunDir
     progress: Progress
+    team: Team
     answers: Answers | None
 
 
@@ -73,6 +75,7 @@ def tune(
     progress: Progress | None = None,
     *,
     data: Data | None = None,
+    team: Team | None = None,
 ) -> TuneResult:
     """Find a plan for a budget, verify it, and write ``plan.json`` and ``front.json``.
 
@@ -83,6 +86,7 @@ def tune(
         run_dir: Created, or continued where it belongs to the same study.
         progress: Told about stages and steps.
         data: Token sets in place of the default ones for text, reasoning and recall.
+        team: Measures; this process alone by default (``kvbits.tuning.scale`` has others).
 
     Raises:
         RecordError: ``run_dir`` was made with other settings, data or another model, is in use
@@ -97,15 +101,18 @@ def tune(
         check_optuna()
     data = data or default_data(tokenizer, settings, model)
     _check_weights(settings, data.calibration)
-    run, progress = RunDir(run_dir), progress or Silent()
-    with run.lock():
-        run.check_identity(identity(model, settings, data))
+    run, progress, team = RunDir(run_dir), progress or Silent(), team or Alone()
+    known = identity(model, settings, data)
+    with run.lock(), team.join(known, run, data):
+        run.check_identity(known)
         run.write_json("documents.json", documents(data))
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)
-        answers = _answers(model, tokenizer, settings, candidates, run, progress)
+        check_calibrated(run, team)
+        answers = _answers(model, tokenizer, settings, candidates, run, progress, team)
         study = _Study(
-            *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, answers)
+            *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, team),
+            answers,
         )
         findings = _verify(study, *_search(study))
         document = front_document(findings)
@@ -163,11 +170,12 @@ def _answers(
     candidates: Candidates,
     run: RunDir,
     progress: Progress,
+    team: Team,
 ) -> Answers | None:
     """Answers to the task of a ``max_drop``, None for other budgets."""
     if settings.max_drop is None:
         return None
-    return Answers(model, tokenizer, candidates, _problems_of(settings), run, progress)
+    return Answers(model, tokenizer, candidates, _problems_of(settings), run, progress, team)
 
 
 def _problems_of(settings: TuneSettings) -> DropLimit:
@@ -190,11 +198,11 @@ def _search(study: _Study) -> tuple[Problem, Found]:
     meter = Meter(study.model, study.data.calibration, study.candidates)
     is_seen = reads_packed(study.model)
     if is_seen:
-        error_records = profile_errors(meter, run=run, progress=study.progress)
+        error_records = profile_errors(meter, run=run, progress=study.progress, team=study.team)
     sides = SideAnswers(
         study.model, study.tokenizer, study.candidates, _problems_of(settings), run
     )
-    profiling = Profiling(meter, costs, sides, run, study.progress)
+    profiling = Profiling(meter, costs, sides, run, study.progress, study.team)
     problem = build_problem(
         SIGNALS[settings.sensitivity](profiling),
         costs,
@@ -215,6 +223,7 @@ def _search(study: _Study) -> tuple[Problem, Found]:
         study.limit,
         run,
         study.progress,
+        study.team,
         study.answers,
     )
     return problem, search(given)
@@ -252,6 +261,7 @@ def _verify(study: _Study, problem: Problem, found: Found) -> Findings:
         study.tokenizer,
         TaskSettings(settings.tasks, settings.task_n, settings.seed),
         study.run,
+        study.team,
     )
     domains = tuple(token_set.domain for token_set in study.data.calibration)
     findings = Findings(

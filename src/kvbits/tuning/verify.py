@@ -16,8 +16,10 @@ from kvbits.tuning.progress import Progress
 from kvbits.tuning.rivals import Entry
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.sensitivity import Meter, rounded, rounded_or_none
+from kvbits.tuning.team import Alone, Kind, Team
 
 RECORDS = "verify.jsonl"
+VERIFICATION = Kind("verification")
 
 Labels: TypeAlias = tuple[str, ...]
 Key: TypeAlias = tuple[Labels, str]
@@ -40,10 +42,19 @@ class Verifier:
         tokenizer: The model's tokenizer.
         tasks: What to run besides KL.
         run: Where the records are, and go.
+        team: Measures.
     """
 
-    def __init__(self, meter: Meter, tokenizer: Any, tasks: TaskSettings, run: RunDir) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        tokenizer: Any,
+        tasks: TaskSettings,
+        run: RunDir,
+        team: Team | None = None,
+    ) -> None:
         self.meter, self.tokenizer, self.tasks, self.run = meter, tokenizer, tasks, run
+        self.team = team or Alone()
         self.records: dict[Key, Mapping[str, Any]] = {}
         for record in run.records(RECORDS):
             self._file(record)
@@ -58,21 +69,26 @@ class Verifier:
         Equal plans are measured once. Full precision has no KL to itself.
         """
         names = self.tasks.names if self.tasks.n else ()
-        steps: list[tuple[Key, Entry, Callable[[Entry, Key], dict[str, Any]]]] = []
+        steps: dict[Key, tuple[Entry, Callable[[Entry, Key], dict[str, Any]]]] = {}
         for entry in entries:
             if entry.origin != "full":
                 labels = self.labels(entry)
-                steps += [((labels, d), entry, self._measure_kl) for d in self.meter.token_sets]
+                for domain in self.meter.token_sets:
+                    steps.setdefault((labels, domain), (entry, self._measure_kl))
         for entry in entries:
             if entry.measures_tasks:
-                labels = self.labels(entry)
-                steps += [((labels, name), entry, self._measure_task) for name in names]
+                for name in names:
+                    steps.setdefault((self.labels(entry), name), (entry, self._measure_task))
         progress.start("verification", len(steps))
-        for key, entry, measure in steps:
-            if key not in self.records:
-                record = measure(entry, key)
-                self.run.append(RECORDS, record)
-                self._file(record)
+        progress.advance(len(steps.keys() & self.records.keys()))
+
+        def one(key: Key) -> dict[str, Any]:
+            entry, measure = steps[key]
+            return measure(entry, key)
+
+        for _, record in self.team.measure(VERIFICATION, steps, one, self.records):
+            self.run.append(RECORDS, record)
+            self._file(record)
             progress.advance()
         progress.finish()
 

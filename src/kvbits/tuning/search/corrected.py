@@ -13,8 +13,8 @@ import numpy as np
 
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.search.exact import solve
-from kvbits.tuning.search.trials import Record
 from kvbits.tuning.tables import Choice, FloatArray
+from kvbits.tuning.team import Record
 
 # How far a sensitivity in company may be from the isolated one, as a share of it, and how far a
 # plan may be from the sum of its layers in company. The sum of isolated KLs is right within 20 %
@@ -72,6 +72,10 @@ class CorrectedProposer:
         self._problem, self._first, self._budgets = problem, list(first), budgets
         self._turn = 0
         self.measured: dict[Choice, Record] = {}
+
+    @property
+    def independent(self) -> int:
+        return max(1, len(self._first))
 
     def ask(self) -> Choice | None:
         if self._first:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 
 from kvbits.tuning.problem import Problem
-from kvbits.tuning.search.trials import Limit, Record, Space
+from kvbits.tuning.search.trials import Limit, Space
 from kvbits.tuning.tables import Choice, FloatArray, IntArray
+from kvbits.tuning.team import Record
 
 NEIGHBOURS = 0.2  # share of the population that mates and is replaced together
 LOCAL_MATING = 0.9  # probability that parents are neighbours
@@ -42,13 +44,22 @@ class MoeadProposer:
         limit: Soft constraint.
         population: Directions.
         seed: Of the study; a trial draws from (seed, its number) alone.
+        parallel: Trials that may be proposed before the first of them is known.
     """
 
     def __init__(
-        self, problem: Problem, space: Space, limit: Limit, *, population: int, seed: int
+        self,
+        problem: Problem,
+        space: Space,
+        limit: Limit,
+        *,
+        population: int,
+        seed: int,
+        parallel: int = 1,
     ) -> None:
         self._problem, self._space, self._limit = problem, space, limit
-        self._size, self._seed, self._number = population, seed, 0
+        self._size, self._seed, self._number, self._told = population, seed, 0, 0
+        self._parallel = parallel
         self._sizes = np.array([len(each) for each in space.candidates])
         self._members: list[_Member] = []
         self._seen: set[tuple[int, ...]] = set()
@@ -57,31 +68,38 @@ class MoeadProposer:
         distance = np.abs(share[:, None] - share[None])
         near = max(2, round(NEIGHBOURS * population))
         self._neighbours = np.argsort(distance, axis=1, kind="stable")[:, :near]
-        self._picks: IntArray = np.zeros(0, dtype=np.int64)
+        self._asked: deque[IntArray] = deque()
+
+    @property
+    def independent(self) -> int:
+        """The first members know of none; children, of all of them."""
+        return min(self._parallel, self._size - self._number % self._size)
 
     def ask(self) -> Choice:
         generator = np.random.default_rng([self._seed, self._number])
         propose = self._first if self._number < self._size else self._child
         for _ in range(DRAWS):
-            self._picks = propose(generator)
-            if tuple(self._picks) not in self._seen:
+            picks = propose(generator)
+            if tuple(picks) not in self._seen:
                 break
-        self._seen.add(tuple(self._picks))
+        self._seen.add(tuple(picks))
+        self._asked.append(picks)
         self._number += 1
-        columns = [each[p] for each, p in zip(self._space.candidates, self._picks, strict=True)]
+        columns = [each[p] for each, p in zip(self._space.candidates, picks, strict=True)]
         return self._space.choice(columns)
 
     def tell(self, choice: Choice, record: Record) -> None:
         bits = self._problem.costs.effective_bits(choice)
         loss = np.log(max(self._problem.score(record["kl_nats"]), 1e-12))
         excess = max(0.0, self._limit.excess(bits, record["kl_nats"]))
-        member = _Member(self._picks, np.array([loss, bits]), excess)
+        self._told += 1
+        member = _Member(self._asked.popleft(), np.array([loss, bits]), excess)
         if len(self._members) < self._size:
             self._members.append(member)
             if len(self._members) == self._size:
                 self._members = self._spread()
             return
-        self._replace(member, np.random.default_rng([self._seed, self._number, 1]))
+        self._replace(member, np.random.default_rng([self._seed, self._told, 1]))
 
     def _first(self, generator: np.random.Generator) -> IntArray:
         uniform = self._space.uniform()
@@ -106,8 +124,7 @@ class MoeadProposer:
         return np.where(mutated, generator.integers(self._sizes), picks)
 
     def _replace(self, member: _Member, generator: np.random.Generator) -> None:
-        # The number has moved on since the plan was proposed.
-        direction = (self._number - 1 - self._size) % self._size
+        direction = (self._told - 1 - self._size) % self._size
         replaced = 0
         for index in generator.permutation(self._neighbours[direction]):
             if self._cost(member, index) < self._cost(self._members[index], index):

@@ -7,17 +7,19 @@ assumption that sensitivities add up.
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kvbits.tuning.problem import Problem
-from kvbits.tuning.search.trials import Limit, Record, Space
+from kvbits.tuning.search.trials import Limit, Space
 from kvbits.tuning.tables import Choice
+from kvbits.tuning.team import Record
 
 
-def check_optuna() -> None:
+def check_optuna(use: str = "the strategies nsga2 and tpe") -> None:
     """Say how to get optuna where it is missing.
 
     Raises:
@@ -27,8 +29,7 @@ def check_optuna() -> None:
         import optuna  # noqa: F401
     except ImportError:
         raise ImportError(
-            "optuna must be installed for the strategies nsga2 and tpe, got none; "
-            "pip install 'kvbits[tune]', or take exact, exact+ or moead"
+            f"optuna must be installed for {use}, got none; pip install 'kvbits[tune]'"
         ) from None
 
 
@@ -42,13 +43,17 @@ def nsga2(population: int) -> Callable[..., Any]:
     return make
 
 
-def tpe(population: int) -> Callable[..., Any]:
-    """Return a maker of TPE samplers that start with ``population`` random trials."""
+def tpe(population: int, *, is_parallel: bool = False) -> Callable[..., Any]:
+    """Return a maker of TPE samplers that start with ``population`` random trials.
+
+    Where trials are proposed while others are not known yet, those count as bad ones, so that
+    proposals keep a distance.
+    """
     import optuna
 
     def make(**settings: Any) -> Any:
         return optuna.samplers.TPESampler(
-            n_startup_trials=population, multivariate=True, **settings
+            n_startup_trials=population, multivariate=True, constant_liar=is_parallel, **settings
         )
 
     return make
@@ -70,6 +75,7 @@ class OptunaProposer:
         limit: Soft constraint.
         make_sampler: Makes a sampler from ``seed`` and ``constraints_func``.
         seed: Of the study.
+        parallel: Trials that may be proposed before the first of them is known.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class OptunaProposer:
         make_sampler: Callable[..., Any],
         *,
         seed: int,
+        parallel: int = 1,
     ) -> None:
         import optuna
 
@@ -89,7 +96,8 @@ class OptunaProposer:
         self._study = optuna.create_study(directions=["minimize", "minimize"])
         for picks in space.uniform():
             self._study.enqueue_trial(self._params(picks))
-        self._number, self._trial = 0, None
+        self.independent, self._number = parallel, 0
+        self._asked: deque[Any] = deque()
 
     def ask(self) -> Choice:
         self._study.sampler = self._sampler()
@@ -100,12 +108,13 @@ class OptunaProposer:
             names = [self._name(index) for index in candidates]
             picked = trial.suggest_categorical(f"group{group}", names)
             picks.append(candidates[names.index(picked)])
-        self._number, self._trial = self._number + 1, trial
+        self._number += 1
+        self._asked.append(trial)
         return self._space.choice(picks)
 
     def tell(self, choice: Choice, record: Record) -> None:
         bits, kl_nats = self._problem.costs.effective_bits(choice), record["kl_nats"]
-        trial: Any = self._trial
+        trial = self._asked.popleft()
         trial.set_user_attr("excess", self._limit.excess(bits, kl_nats))
         self._study.tell(trial, [self._problem.score(kl_nats), bits])
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.search.exact import smallest
-from kvbits.tuning.search.trials import Record
 from kvbits.tuning.tables import Choice
+from kvbits.tuning.team import Record
 
 
 class SmallestProposer:
@@ -19,6 +19,8 @@ class SmallestProposer:
         problem: The programme, on isolated sensitivities.
         kl_nats: Most KL of any domain, nats per token.
     """
+
+    independent = 1
 
     def __init__(self, problem: Problem, kl_nats: float) -> None:
         self._problem, self._limit, self._asked = problem, kl_nats, kl_nats

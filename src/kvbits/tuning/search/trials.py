@@ -3,10 +3,14 @@
 ``search.jsonl`` is the truth: one line per trial. A stopped search asks its proposer for the
 recorded trials again, which costs no measurement, and goes on behind them; so a proposer may draw
 from nothing but its seed, the number of the trial and what it was told.
+
+Trials are proposed in batches, of one unless several may be measured at a time, and told in their
+order. So what is found does not depend on who measures, how many do, or which of them is slow.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -18,12 +22,13 @@ from kvbits.tuning.progress import Progress
 from kvbits.tuning.prune import pareto_mask
 from kvbits.tuning.rundir import RunDir
 from kvbits.tuning.tables import Allocation, Choice
+from kvbits.tuning.team import Alone, Kind, Record, Team
 
 Evaluate: TypeAlias = Callable[[Choice], Sequence[Mapping[str, Any]]]
 """Measure a choice: per domain ``kl_nats``, ``document_kl_nats`` and ``document_tokens``."""
-Record: TypeAlias = Mapping[str, Any]
 
 RECORDS = "search.jsonl"
+SEARCH = Kind("search", ("loss", "effective_bits"))
 
 
 class Space(NamedTuple):
@@ -64,15 +69,21 @@ class Limit(NamedTuple):
 class Proposer(Protocol):
     """Chooses what to measure next."""
 
+    @property
+    def independent(self) -> int:
+        """Trials that may be asked for now before the first of them is told."""
+
     def ask(self) -> Choice | None:
         """Return the next trial, or None where there is nothing more to learn."""
 
     def tell(self, choice: Choice, record: Record) -> None:
-        """Take note of what the last trial measured."""
+        """Take note of what a trial measured; trials are told in the order they were asked for."""
 
 
 class Listed:
     """Proposes given choices in order."""
+
+    independent = sys.maxsize
 
     def __init__(self, choices: Iterable[Choice]) -> None:
         self._choices = iter(choices)
@@ -92,6 +103,7 @@ def run_trials(
     run: RunDir,
     progress: Progress,
     stage: str = "search",
+    team: Team | None = None,
 ) -> dict[Choice, Record]:
     """Run or resume ``trials`` trials; plans that were measured in any stage are not again.
 
@@ -103,6 +115,7 @@ def run_trials(
         run: Holds and takes the records.
         progress: Told about every trial.
         stage: Names the trials of this proposer where a run has several.
+        team: Measures; this process alone by default.
 
     Returns:
         The records of this stage by choice, in the order in which they were first proposed.
@@ -110,30 +123,77 @@ def run_trials(
     Raises:
         RecordError: The proposer would not have made the recorded trials.
     """
-    records = run.records(RECORDS)
-    known: dict[Choice, Record] = {tuple(record["choice"]): record for record in records}
-    done = [record for record in records if record["stage"] == stage]
+    log = _Log(run, stage, progress)
     found: dict[Choice, Record] = {}
     progress.start("search", trials)
-    for number in range(trials):
+    while log.asked < trials:
+        batch = _ask(proposer, trials - log.asked)
+        for number, choice in enumerate(batch, log.asked):
+            log.expect(number, choice)
+        measured = (team or Alone()).measure(
+            SEARCH, batch, lambda choice: _record(problem, choice, evaluate(choice)), log.known
+        )
+        for choice, record in measured:
+            log.add(choice, record)
+        for choice in batch:
+            found.setdefault(choice, log.known[choice])
+            proposer.tell(choice, log.known[choice])
+        if not batch:
+            break
+    progress.finish()
+    return found
+
+
+def _ask(proposer: Proposer, most: int) -> list[Choice]:
+    """The next trials that need not know of one another; none where the proposer has no more."""
+    batch = []
+    for _ in range(min(most, proposer.independent)):
         choice = proposer.ask()
         if choice is None:
             break
-        if number < len(done) and tuple(done[number]["choice"]) != choice:
+        batch.append(choice)
+    return batch
+
+
+class _Log:
+    """The lines of one stage, written as they come: a trial's when its plan is measured."""
+
+    def __init__(self, run: RunDir, stage: str, progress: Progress) -> None:
+        self._run, self._stage, self._progress = run, stage, progress
+        records = run.records(RECORDS)
+        self.known: dict[Choice, Record] = {}
+        for record in records:
+            self.known.setdefault(tuple(record["choice"]), record)
+        of_stage = [record for record in records if record["stage"] == stage]
+        self._done = {record["trial"]: tuple(record["choice"]) for record in of_stage}
+        self._waiting: dict[Choice, list[int]] = {}
+        self.asked = 0
+
+    def expect(self, number: int, choice: Choice) -> None:
+        """Take note of a proposed trial, and write its line if its plan is known already.
+
+        Raises:
+            RecordError: Another choice is recorded under its number.
+        """
+        self.asked = number + 1
+        if self._done.get(number, choice) != choice:
             raise RecordError(
                 f"{RECORDS} must replay to the same trials, got another choice in trial {number} "
-                f"of {stage}; another version of a library wrote it, tune in a new directory "
-                "with -o"
+                f"of {self._stage}; another version of a library wrote it, tune in a new "
+                "directory with -o"
             )
-        if choice not in known:
-            known[choice] = _record(problem, choice, evaluate(choice))
-        if number >= len(done):
-            run.append(RECORDS, {**known[choice], "stage": stage, "trial": number})
-        found.setdefault(choice, known[choice])
-        proposer.tell(choice, known[choice])
-        progress.advance()
-    progress.finish()
-    return found
+        self._waiting.setdefault(choice, []).append(number)
+        if choice in self.known:
+            self.add(choice, self.known[choice])
+
+    def add(self, choice: Choice, record: Record) -> None:
+        """Write the lines of the trials that waited for a plan."""
+        self.known.setdefault(choice, record)
+        for number in self._waiting.pop(choice):
+            if number not in self._done:
+                line = {**self.known[choice], "stage": self._stage, "trial": number}
+                self._run.append(RECORDS, line)
+            self._progress.advance()
 
 
 def _record(problem: Problem, choice: Choice, domains: Sequence[Record]) -> dict[str, Any]:
