@@ -118,6 +118,14 @@ def tune(
         Path | None, typer.Option(help="Text of the same kind to verify on.")
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Plans to measure.")] = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN|PLAN",
+            help="Also verify this plan file, or the plan of this run, and compare; repeatable. "
+            "A finished run may be given more of them.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default under runs/.")
     ] = None,
@@ -150,7 +158,7 @@ def tune(
     given = {key: value for key, value in given.items() if value is not None}
     run_dir = output or Path("runs") / _default_name(model, given, recipe)
     try:
-        _tune(model, run_dir, device, dtype.value, given, recipe)
+        _tune(model, run_dir, device, dtype.value, given, recipe, rival or [])
     except KeyboardInterrupt:
         fail(
             f"stopped; results so far are in {run_dir}, and the same command continues from there",
@@ -195,17 +203,28 @@ def _tune(
     dtype: str,
     given: dict[str, Any],
     recipe: Recipe | None,
+    rivals: list[str],
 ) -> None:
     from kvbits.cli.models import load_model
-    from kvbits.cli.output import StageBars
+    from kvbits.cli.output import StageBars, command_line
     from kvbits.report.page import write_page
     from kvbits.tuning import study
+    from kvbits.tuning.given import load_rival
     from kvbits.tuning.settings import RECIPES, TuneSettings
 
     settings = TuneSettings(**given, **_of_recipe(given, recipe, RECIPES))
+    others = [load_rival(path) for path in rivals]
     loaded = load_model(name, device, dtype)
     with StageBars() as progress:
-        study.tune(loaded.model, loaded.tokenizer, settings, run_dir, progress)
+        study.tune(
+            loaded.model,
+            loaded.tokenizer,
+            settings,
+            run_dir,
+            progress,
+            given=others,
+            command=command_line(),
+        )
     write_page(run_dir, model=name)
 
 
@@ -229,28 +248,19 @@ def _of_recipe(
 
 def _print_result(model: str, run_dir: Path) -> None:
     """Print the tables of the page, and how to go on."""
-    from kvbits.cli.output import console
-    from kvbits.report import tables
+    from kvbits.cli.output import as_rich, console
+    from kvbits.report import tables, verdict
     from kvbits.report.collect import collect
 
     run = collect(run_dir)
     for shown in (tables.verified(run), tables.task_results(run)):
         if shown.rows:
-            console().print(_as_rich(shown))
+            console().print(as_rich(shown))
     plan = run_dir / "plan.json"
     bought = [f"{name:<7} {value}" for name, value in tables.bought(run)]
     lines = ["* the plan chosen on calibration data; every number above is held-out data", ""]
+    lines += [*verdict.sentences(run), ""]
     lines += [*bought, f"plan    {plan}", f"page    {run_dir / 'report.html'}"]
     prompt = '--prompt "The history of the"'
     lines.append(f"use it  kvbits generate {model} --plan {plan} {prompt}")
     typer.echo("\n".join(lines))
-
-
-def _as_rich(shown: Any) -> Any:
-    from kvbits.cli.output import table
-
-    made = table(*shown.header)
-    for index, (name, *cells) in enumerate(shown.rows):
-        is_chosen = index in shown.highlighted
-        made.add_row(f"* {name}" if is_chosen else f"  {name}", *cells, style="bold" * is_chosen)
-    return made

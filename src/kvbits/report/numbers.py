@@ -119,6 +119,17 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{'−' if value < 0 else '+'}{significant(abs(value), digits)}"
 
 
+def signed_with_error(value: float, error: float) -> str:
+    """Write a difference and its standard error, with a sign and a true minus.
+
+    >>> signed_with_error(-0.01234, 0.0016), signed_with_error(9.1e-5, 1.2e-5)
+    ('−0.0123 ± 0.0016', '+(9.10 ± 1.20)e-5')
+    """
+    if value == 0 and error == 0:
+        return "0"
+    return f"{'−' if value < 0 else '+'}{with_error(abs(value), error)}"
+
+
 def with_interval(value: float, low: float, high: float) -> str:
     """Write a difference and its interval to the same digit, small ones with one power of ten.
 

@@ -6,9 +6,16 @@ from collections.abc import Collection, Sequence
 from html import escape
 from typing import NamedTuple
 
+from kvbits.evaluation.statistics import Z95
 from kvbits.report import numbers
-from kvbits.report.collect import Measurement, PairedComparison, Point, Run, TaskResult
-from kvbits.report.compare import compare_at_equal_bits, same_plans, sensitivity_grids
+from kvbits.report.collect import GIVEN_ORIGIN, PairedComparison, Point, Run, TaskResult
+from kvbits.report.compare import (
+    BASELINE_ORIGINS,
+    compare_at_equal_bits,
+    same_plans,
+    sensitivity_grids,
+)
+from kvbits.report.stages import Measurement
 
 ORIGINS = {
     "exact": "search, exact",
@@ -17,6 +24,7 @@ ORIGINS = {
     "nsga2": "search, NSGA-II",
     "tpe": "search, TPE",
     "full": "full precision",
+    GIVEN_ORIGIN: "given rival",
 }
 
 
@@ -113,7 +121,7 @@ def task_results(run: Run) -> Table:
     rows = []
     for point in measured:
         results = [point.tasks.get(name) for name in run.tasks]
-        cells = [cell for task in results for cell in _task_cells(task)]
+        cells = [cell for task in results for cell in task_cells(task)]
         rows.append((*_name_cells(run, point), *cells))
     return Table(tuple(header), tuple(rows), _chosen_rows(measured))
 
@@ -125,7 +133,8 @@ def _name_cells(run: Run, point: Point) -> list[str]:
     return [name, origin, numbers.bits(point.effective_bits)]
 
 
-def _task_cells(task: TaskResult | None) -> list[str]:
+def task_cells(task: TaskResult | None) -> list[str]:
+    """Accuracy, and the difference from full precision; empty for None."""
     return ["", ""] if task is None else [_accuracy(task), _difference(task)]
 
 
@@ -157,7 +166,7 @@ def _difference(task: TaskResult) -> str:
 
 def comparison(run: Run) -> Table:
     """Baselines beside the searched plan of equal size."""
-    found = compare_at_equal_bits(run.points)
+    found = compare_at_equal_bits(run)
     domains = tuple(dict.fromkeys(domain for item in found for domain in item.ratios))
     header = (
         "baseline",
@@ -170,11 +179,11 @@ def comparison(run: Run) -> Table:
     rows = tuple(
         (
             item.baseline.name,
-            item.baseline.origin,
+            ORIGINS.get(item.baseline.origin, item.baseline.origin),
             numbers.bits(item.baseline.effective_bits),
             item.searched.name,
             numbers.bits(item.searched.effective_bits),
-            *(numbers.ratio(item.ratios.get(domain)) for domain in domains),
+            *(ratio_cell(item.ratios.get(domain)) for domain in domains),
         )
         for item in found
     )
@@ -182,21 +191,41 @@ def comparison(run: Run) -> Table:
     return Table(header, rows, chosen)
 
 
-def paired_comparison(run: Run) -> Table:
-    """The chosen plan's KL minus each baseline's within the budget, domains across."""
-    domains = tuple(dict.fromkeys(item.domain for item in run.comparisons))
+def ratio_cell(measured: Measurement | None) -> str:
+    """A ratio and its standard error, at least 0.01; empty for None."""
+    if measured is None:
+        return ""
+    text = numbers.ratio(measured.value)
+    is_known = measured.standard_error > 0  # false for nan, the error of a single document
+    return f"{text} ± {max(measured.standard_error, 0.01):.2f}" if is_known else text
+
+
+def against_rivals(run: Run) -> Table:
+    """The chosen plan's KL minus that of each rival, domains across."""
+    return _paired(run, [row for row in run.comparisons if row.origin in BASELINE_ORIGINS])
+
+
+def against_neighbours(run: Run) -> Table:
+    """The chosen plan's KL minus that of each other searched plan, domains across."""
+    return _paired(run, [row for row in run.comparisons if row.origin not in BASELINE_ORIGINS])
+
+
+def _paired(run: Run, comparisons: Sequence[PairedComparison]) -> Table:
+    domains = tuple(dict.fromkeys(item.domain for item in comparisons))
     found: dict[tuple[str, ...], dict[str, str]] = {}
-    for item in run.comparisons:
-        key = (item.baseline, item.origin, numbers.bits(item.effective_bits))
-        found.setdefault(key, {})[item.domain] = _kl_difference(item)
+    for item in comparisons:
+        origin = ORIGINS.get(item.origin, item.origin)
+        key = (item.baseline, origin, numbers.bits(item.effective_bits))
+        found.setdefault(key, {})[item.domain] = kl_difference(item)
     rows = tuple((*key, *(cells.get(d, "") for d in domains)) for key, cells in found.items())
-    return Table(("baseline", "from", "bits", *(f"{d} [95 %]" for d in domains)), rows)
+    return Table(("plan", "from", "bits", *(f"KL difference, {d}" for d in domains)), rows)
 
 
-def _kl_difference(item: PairedComparison) -> str:
+def kl_difference(item: PairedComparison) -> str:
+    """A paired difference with its standard error, which the interval holds."""
     if item.difference is None or item.low is None or item.high is None:
         return "" if item.difference is None else numbers.signed(item.difference)
-    return numbers.with_interval(item.difference, item.low, item.high)
+    return numbers.signed_with_error(item.difference, (item.high - item.low) / (2 * Z95))
 
 
 def layer_bits(point: Point) -> Table:

@@ -28,10 +28,12 @@ class Data(NamedTuple):
     heldout: Sequence[TokenSet]
 
 
-def identity(model: Any, settings: TuneSettings, data: Data) -> dict[str, Any]:
+def identity(
+    model: Any, settings: TuneSettings, data: Data, command: str | None = None
+) -> dict[str, Any]:
     """Return ``study.json``: all that a resumed run must share with the one that began.
 
-    Versions and the time of creation are for the reader and are not compared.
+    The command, versions and the time of creation are for the reader and are not compared.
     """
     geometry = ModelGeometry.from_config(model.config)
     return {
@@ -50,6 +52,7 @@ def identity(model: Any, settings: TuneSettings, data: Data) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "layers": [layer.model_dump(mode="json") for layer in geometry.layers],
         },
+        "command": command,
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -24,6 +24,7 @@ from kvbits.tuning.candidates import Candidates, MakePlan, of_methods, of_mode
 from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
 from kvbits.tuning.front import Findings, front_document, plan_with_account
+from kvbits.tuning.given import GivenRival, check_given
 from kvbits.tuning.identity import Data, identity, versions
 from kvbits.tuning.problem import Problem, build_problem
 from kvbits.tuning.progress import Progress, Silent
@@ -60,6 +61,7 @@ class _Study(NamedTuple):
     limit: Limit
     run: RunDir
     progress: Progress
+    given: Sequence[GivenRival]
 
 
 def tune(
@@ -70,6 +72,8 @@ def tune(
     progress: Progress | None = None,
     *,
     data: Data | None = None,
+    given: Sequence[GivenRival] = (),
+    command: str | None = None,
 ) -> TuneResult:
     """Find a plan for a budget, verify it, and write ``plan.json`` and ``front.json``.
 
@@ -80,6 +84,9 @@ def tune(
         run_dir: Created, or continued where it belongs to the same study.
         progress: Told about stages and steps.
         data: Token sets in place of the default ones for text, reasoning and recall.
+        given: Plans from elsewhere to verify beside the found one. A finished run may be given
+            more of them.
+        command: How the study was called, for the reader of the report.
 
     Raises:
         RecordError: ``run_dir`` was made with other settings, data or another model, is in use
@@ -96,10 +103,13 @@ def tune(
     _check_weights(settings, data.calibration)
     run, progress = RunDir(run_dir), progress or Silent()
     with run.lock():
-        run.check_identity(identity(model, settings, data))
+        run.check_identity(identity(model, settings, data, command))
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)
-        study = _Study(model, tokenizer, settings, data, candidates, costs, limit, run, progress)
+        study = _Study(
+            model, tokenizer, settings, data, candidates, costs, limit, run, progress, given
+        )
+        check_given(given, candidates)
         findings = _verify(study, *_search(study))
         document = front_document(findings)
         plan = plan_with_account(findings, data.calibration, versions())
@@ -201,6 +211,7 @@ def _verify(study: _Study, problem: Problem, found: Found) -> Findings:
         chosen=found.chosen,
         random_seeds=[1000 * settings.seed + n for n in range(settings.random_plans)],
     )
+    entries += rivals.given_entries(problem, study.given, study.candidates)
     verifier = Verifier(
         Meter(study.model, study.data.heldout, study.candidates),
         study.tokenizer,
