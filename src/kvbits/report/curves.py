@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -58,7 +59,8 @@ def positions_by_domain(
         if figure.data:
             finish(figure, POSITION_HEIGHT)
             figure.update_xaxes(title_text="tokens in front", type="log", **_powers_of_two(figure))
-            figure.update_yaxes(**log_axis("forward KL, nats"))
+            drawn = [value for trace in figure.data for value in trace.y]
+            figure.update_yaxes(**log_axis("forward KL, nats", drawn))
             found.append((domain, figure))
     return found
 
@@ -75,7 +77,12 @@ def _position_trace(name: str, positions: Sequence[Position], style: Style) -> A
         mode="lines+markers",
         opacity=1 if is_main else 0.75,
         line={"color": style.colour, "width": 2.2 if is_main else 1.2},
-        marker={"color": style.colour, "symbol": style.symbol, "size": 7 if is_main else 5},
+        marker={
+            "color": style.colour,
+            "symbol": style.symbol,
+            "size": 7 if is_main else 5,
+            "line": {"width": 1.2 if style.symbol == "x-thin" else 0, "color": style.colour},
+        },
         customdata=[
             f"<b>{name}</b><br>{row.start} to {row.stop - 1} tokens in front<br>"
             f"{numbers.with_error(*row.kl)} nats, {numbers.count(row.num_tokens)} predictions"
@@ -92,9 +99,16 @@ def _middle(row: Position) -> float:
 
 
 def _powers_of_two(figure: Any) -> dict[str, Any]:
-    most = max((max(trace.x) for trace in figure.data if len(trace.x)), default=16)
-    values = [2**power for power in range(2, 32, 2) if 2**power <= 2 * most]
-    return {"tickvals": values, "ticktext": [str(value) for value in values]}
+    drawn = [math.log2(value) for trace in figure.data for value in trace.x]
+    if not drawn:
+        return {}
+    powers = range(math.floor(min(drawn)), math.ceil(max(drawn)) + 1)
+    values = [2**power for power in powers[:: max(1, len(powers) // 6)]]
+    return {
+        "tickvals": values,
+        "ticktext": [str(value) for value in values],
+        "range": [0.3010 * (min(drawn) - 0.35), 0.3010 * (max(drawn) + 0.35)],
+    }
 
 
 def domains_figure(run: Run) -> Any:
@@ -128,7 +142,9 @@ def _domain_trace(name: str, rows: Sequence[tuple[str, Any]], style: Style, wher
     return go.Scatter(
         x=[domain for domain, _ in rows],
         y=[kl[0] for _, kl in rows],
-        error_y={"array": [kl[1] for _, kl in rows], "thickness": 1.2, "width": 3},
+        error_y={"array": [kl[1] for _, kl in rows], "thickness": 1.2, "width": 3}
+        if rows and rows[0][1][1] is not None
+        else None,
         mode="markers",
         marker={
             "color": style.colour,
@@ -196,7 +212,7 @@ def _progress(run: Run) -> Any:
     figure.update_xaxes(title_text="trial", rangemode="tozero", tickformat="d")
     if len(trials) <= 12:
         figure.update_xaxes(dtick=1)
-    figure.update_yaxes(title_text="loss; 1 is the best uniform plan", type="log", nticks=6)
+    figure.update_yaxes(title_text="loss", type="log", nticks=6)
     return figure
 
 

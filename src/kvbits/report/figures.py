@@ -87,7 +87,7 @@ def _front_figure(run: Run, domain: str) -> Any:
             x=run.long_context_budget, line={"color": GREY, "width": 1, "dash": "dash"}
         )
     if run.chosen is not None:
-        add_ring(figure, run, run.chosen, domain, CHOSEN.colour)
+        add_ring(figure, run.chosen, domain, CHOSEN.colour)
     return finish_front(figure)
 
 
@@ -143,7 +143,7 @@ def hover(run: Run, point: Point, domain: str) -> str:
             f"{numbers.count(run.context)} tokens"
         )
     lines = [
-        f"<b>{point.name}</b>",
+        f"<b>{point.name}</b>{', chosen' if point.is_chosen else ''}",
         f"{numbers.bits(point.effective_bits)} effective bits{at_context}",
         f"KL {domain} {numbers.with_error(*measured)} nats",
     ]
@@ -171,7 +171,7 @@ def add_predicted(figure: Any, points: Sequence[Point], domain: str, style: Styl
     figure.add_trace(trace)
 
 
-def add_ring(figure: Any, run: Run, point: Point, domain: str, colour: str) -> None:
+def add_ring(figure: Any, point: Point, domain: str, colour: str) -> None:
     """Mark the chosen plan."""
     if domain not in point.measured_kl:
         return
@@ -185,8 +185,7 @@ def add_ring(figure: Any, run: Run, point: Point, domain: str, colour: str) -> N
             "color": colour,
             "line": {"width": 2.5, "color": colour},
         },
-        customdata=[hover(run, point, domain)],
-        hovertemplate="chosen: %{customdata}<extra></extra>",
+        hoverinfo="skip",  # the point in it answers
         name=CHOSEN.text,
     )
     figure.add_trace(trace)

@@ -37,7 +37,7 @@ def pairs_figure(run: Run) -> Any | None:
         return None
     low, high = _range([grid])
     kept, dropped = split_by_pruning(run, grid)
-    figure = _heat_map(kept, low, high, "e_o")
+    figure = _heat_map(kept, low, high, "output error, e_o")
     if run.pruned is not None:
         names = group_names(run)
         labels = [f"{layer} · {names.get(layer, '')}" for layer in grid.layers]

@@ -175,7 +175,7 @@ def _chosen_bits(run: Run) -> Section | None:
             label="Bits of keys and values by layer",
             min_width=figures.bits_width(len(run.chosen.pairs)),
         ),
-        render_table(tables.layer_bits(run.chosen), "compact"),
+        details("The same numbers as a table", _table(tables.layer_bits(run.chosen), "compact")),
         short="Bits",
     )
 

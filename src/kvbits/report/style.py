@@ -17,7 +17,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: break-word; }
 main { max-width: 1120px; margin: 0 auto; padding: 36px 24px 80px; }
 h1 { font-size: 28px; line-height: 1.25; margin: 0 0 14px; letter-spacing: -0.01em; }
-h2 { font-size: 20px; line-height: 1.3; margin: 52px 0 8px; padding-top: 18px;
+h2 { font-size: 20px; line-height: 1.3; margin: 44px 0 8px; padding-top: 18px;
   border-top: 1px solid var(--rule); }
 h3 { font-size: 14px; font-weight: 600; margin: 8px 0 0; }
 p { max-width: 76ch; margin: 8px 0 14px; }
@@ -39,6 +39,7 @@ th, td { padding: 5px 10px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; vertical-align: bottom; border-bottom: 1px solid var(--strong); }
 th:first-child, td:first-child { text-align: left; padding-left: 8px; }
+th.words, td.words { text-align: left; }
 tr.chosen td { background: var(--chosen); font-weight: 600; }
 table.summary th, table.text th { border-bottom: 1px solid var(--rule); vertical-align: top;
   text-align: left; padding-right: 18px; }
@@ -69,6 +70,8 @@ dd { margin: 0; max-width: 76ch; }
   h1 { font-size: 23px; } h2 { font-size: 18.5px; margin-top: 40px; } .lead { font-size: 16.5px; }
   nav a { padding: 6px 0; }
   th, td { padding: 5px 7px; }
+  thead th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper);
+    white-space: normal; min-width: 104px; max-width: 132px; }
 }
 @media print { main { max-width: none; } h2 { break-after: avoid; } nav { display: none; } }
 """

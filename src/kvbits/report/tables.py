@@ -39,11 +39,14 @@ class Table(NamedTuple):
 
 def render_table(table: Table, style: str = "") -> str:
     """Return a table as HTML."""
+    width = max((len(row) for row in table.rows), default=len(table.header))
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
+    kinds = [' class="words"' if column in _word_columns(table) else "" for column in range(width)]
+    names = zip(kinds, table.header, strict=False)
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in names)
     body = []
     for index, row in enumerate(table.rows):
-        cells = [f"<td>{escape(cell)}</td>" for cell in row]
+        cells = [f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kinds, row, strict=True)]
         if not table.header:
             cells[0] = f'<th scope="row">{escape(row[0])}</th>'
         chosen = ' class="chosen"' if index in table.highlighted else ""
@@ -56,6 +59,19 @@ def render_table(table: Table, style: str = "") -> str:
     )
 
 
+def _word_columns(table: Table) -> set[int]:
+    """Columns but the first, which the style sheet knows, that hold words: flush left."""
+    columns = enumerate(zip(*table.rows, strict=True))
+    return {
+        index
+        for index, cells in columns
+        if index and any(cell and cell[0] not in _NUMBER_STARTS for cell in cells)
+    }
+
+
+_NUMBER_STARTS = frozenset("0123456789+−-<(")
+
+
 def summary(run: Run) -> Table:
     """Say what was chosen, in a handful of rows."""
     point = run.chosen
@@ -63,6 +79,8 @@ def summary(run: Run) -> Table:
         return Table((), (("plan", "none chosen yet"),))
     budget = "" if run.budget_bits is None else f", budget {numbers.bits(run.budget_bits)}"
     rows = [("plan", point.name), ("effective bits", numbers.bits(point.effective_bits) + budget)]
+    if point.summary:
+        rows.insert(1, ("layers", point.summary.rpartition("; ")[0]))
     if point.effective_bits_at_context is not None and run.context:
         at_context = numbers.bits(point.effective_bits_at_context)
         rows.append((f"at {numbers.count(run.context)} tokens", f"{at_context} effective bits"))

@@ -8,6 +8,7 @@ contrast of at least 3 with either paper.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 BLUE, ORANGE, GREEN, VERMILION = "#1A7FC1", "#C07C00", "#0A9470", "#D55E00"
@@ -15,6 +16,7 @@ PURPLE, GREY = "#B5629A", "#7D838D"
 INK, RULE = "#1f2430", "#d9dde3"
 RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, GREY)
 CLEAR = "rgba(0,0,0,0)"
+SHORT_RANGE = 30
 
 
 def finish(figure: Any, height: int, top: int = 16) -> Any:
@@ -32,17 +34,20 @@ def finish(figure: Any, height: int, top: int = 16) -> Any:
         showlegend=False,
     )
     axis = {"gridcolor": RULE, "zeroline": False, "title_standoff": 8, "fixedrange": True}
+    axis |= {"title_font_size": 13, "ticks": ""}
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis, automargin=True)
     return figure
 
 
-def log_axis(title: str) -> dict[str, Any]:
-    """A logarithmic axis with a tick at every power of ten."""
+def log_axis(title: str, values: Iterable[float] = ()) -> dict[str, Any]:
+    """A logarithmic axis with a tick at every power of ten, and at 2 and 5 for a short range."""
+    shown = [value for value in values if value > 0]
+    is_short = bool(shown) and max(shown) < SHORT_RANGE * min(shown)
     return {
         "title_text": title,
         "type": "log",
-        "dtick": 1,
+        "dtick": "D2" if is_short else 1,
         "exponentformat": "power",
         "minor_showgrid": False,
     }
