@@ -68,9 +68,11 @@ def kl_ratios(first: tuple[Run, Point], second: tuple[Run, Point]) -> dict[str, 
         if domain not in other.measured_kl or other.measured_kl[domain].value <= 0:
             continue
         value = measured.value / other.measured_kl[domain].value
-        pair = (run.verified.get((point.labels, domain)),)
-        pair += (other_run.verified.get((other.labels, domain)),)
-        found[domain] = Measurement(value, _ratio_error(*pair))
+        records = (
+            run.verified.get((point.labels, domain)),
+            other_run.verified.get((other.labels, domain)),
+        )
+        found[domain] = Measurement(value, _ratio_error(*records))
     return found
 
 

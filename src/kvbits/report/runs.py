@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -147,14 +146,3 @@ def _ratio(plan: tuple[Run, Point], rival: tuple[Run, Point], domain: str) -> Me
     if len({record.checksum for record in records if record is not None}) > 1:
         return None
     return kl_ratios(plan, rival).get(domain)
-
-
-def best_in(runs: Sequence[NamedRun], domain: str) -> int | None:
-    """Return the index of the chosen plan of least KL, where data is shared; else None."""
-    if domain in differs_in_data(runs):
-        return None
-    values = [
-        each.chosen.measured_kl[domain].value if domain in each.chosen.measured_kl else math.inf
-        for each in runs
-    ]
-    return values.index(min(values)) if min(values) < math.inf else None

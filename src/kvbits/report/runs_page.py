@@ -20,6 +20,7 @@ from kvbits.report.runs import (
     differs_in_data,
     shared_domains,
 )
+from kvbits.report.stages import Measurement
 from kvbits.report.tables import Table, render_table
 from kvbits.report.theme import RUN_COLOURS
 
@@ -83,23 +84,24 @@ def chosen(runs: Sequence[NamedRun]) -> Table:
     """The verified numbers of every run's plan."""
     domains = shared_domains(runs)
     tasks = tuple(dict.fromkeys(task for each in runs for task in each.chosen.tasks))
-    header = ("run", "search", "stored as", "effective bits", "at context", "cache")
-    header += tuple(f"KL {domain}" for domain in domains)
+    header = ["run", "search", "bits", "at context", "cache"]
+    header += [f"KL {domain}" for domain in domains]
     for task in tasks:
-        header += (task, "difference [95 %]")
-    return Table(header, tuple(_chosen_row(each, domains, tasks) for each in runs))
+        header += [task, "difference [95 %]"]
+    return Table(tuple(header), tuple(_chosen_row(each, domains, tasks) for each in runs))
 
 
 def _chosen_row(each: NamedRun, domains: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
     run, point = each.run, each.chosen
     settings = run.study.get("settings", {})
-    search = " ".join(str(settings[k]) for k in ("strategy", "objective") if settings.get(k))
+    search = [settings.get("strategy"), settings.get("objective"), run.mode]
     at_context = ""
     if point.effective_bits_at_context is not None and run.context:
         at_context = (
             f"{numbers.bits(point.effective_bits_at_context)} at {numbers.count(run.context)}"
         )
-    cells = [each.name, search, run.mode, numbers.bits(point.effective_bits), at_context]
+    cells = [each.name, ", ".join(str(word) for word in search if word)]
+    cells += [numbers.bits(point.effective_bits), at_context]
     cells.append(numbers.size(run.bought["bytes"]) if run.bought else "")
     for domain in domains:
         measured = point.measured_kl.get(domain)
@@ -164,28 +166,30 @@ def _differences(runs: Sequence[NamedRun]) -> Section | None:
     )
 
 
-def equal_bits(runs: Sequence[NamedRun]) -> Table:
+def equal_bits(runs: Sequence[NamedRun], domain: str) -> Table:
     """KL of searched plans divided by that of rivals of equal size, a column per run."""
     rows = []
     for item in against_rivals(runs):
+        if item.domain != domain:
+            continue
         cells = [
             "" if ratio is None or partner is None else _ratio_cell(ratio, partner.effective_bits)
             for ratio, partner in zip(item.ratios, item.partners, strict=True)
         ]
         origin = tables.ORIGINS.get(item.rival.origin, item.rival.origin)
-        bits = numbers.bits(item.rival.effective_bits)
-        rows.append((item.rival.name, origin, bits, item.domain, *cells))
+        rows.append((item.rival.name, origin, numbers.bits(item.rival.effective_bits), *cells))
     names = (each.name for each in runs)
-    return Table(("rival", "from", "bits", "domain", *names), tuple(rows))
+    return Table(("rival", "from", "bits", *names), tuple(rows), caption=domain)
 
 
-def _ratio_cell(ratio: Any, bits: float) -> str:
+def _ratio_cell(ratio: Measurement, bits: float) -> str:
     return f"{tables.ratio_cell(ratio)} at {numbers.bits(bits)}"
 
 
 def _equal_bits(runs: Sequence[NamedRun]) -> Section | None:
-    table = equal_bits(runs)
-    if not table.rows:
+    by_domain = [equal_bits(runs, domain) for domain in shared_domains(runs)]
+    found = [table for table in by_domain if table.rows]
+    if not found:
         return None
     return section(
         "At equal effective bits",
@@ -194,7 +198,7 @@ def _equal_bits(runs: Sequence[NamedRun]) -> Section | None:
             "at most 0.05 bits larger and 0.2 smaller: its KL divided by the rival's, with the "
             "paired standard error, and its bits. Below 1 the search did better."
         ),
-        render_table(table),
+        *map(render_table, found),
         short="Equal bits",
     )
 
