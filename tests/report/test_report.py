@@ -14,6 +14,7 @@ from kvbits.errors import RecordError
 from kvbits.report import compare, figures, heatmaps, numbers, tables
 from kvbits.report.collect import Run, collect
 from kvbits.report.page import render, write_page
+from kvbits.report.stages import Measurement
 
 
 @pytest.fixture
@@ -113,10 +114,24 @@ def test_a_searched_plan_that_equals_a_baseline_says_so(run_dir):
 def test_a_comparison_the_search_lost_is_shown(run):
     """The page reports whatever came out: the ratio is not clipped at one."""
     ratios = [r for item in compare.compare_at_equal_bits(run) for r in item.ratios.values()]
-    worst = max(ratio.value for ratio in ratios)
-    assert worst > 1
+    worst = max(ratios)
+    assert worst.value > 1
     shown = {cell for row in tables.comparison(run).rows for cell in row}
-    assert any(cell.startswith(f"{numbers.ratio(worst)} ±") for cell in shown)
+    assert tables.ratio_cell(worst) in shown
+
+
+@pytest.mark.parametrize(
+    ("ratio", "error", "text"),
+    [
+        (0.4213, 0.0413, "0.42 ± 0.04"),
+        (30.05, 23.2, "30 ± 20"),
+        (1.0, 0.0, "1.00"),
+        (0.518, float("nan"), "0.52"),
+        (0.001, 0.002, "< 0.01"),
+    ],
+)
+def test_ratios_show_an_error_where_it_can_be_seen(ratio, error, text):
+    assert tables.ratio_cell(Measurement(ratio, error)) == text
 
 
 def test_paired_differences_are_shown_with_their_standard_error(run):

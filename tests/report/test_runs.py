@@ -107,7 +107,9 @@ def test_the_table_of_plans_holds_every_verified_number(found):
     for domain in DOMAINS:
         column = table.header.index(f"KL {domain}")
         assert all("±" in row[column] for row in table.rows)
-    assert "arithmetic" in table.header
+    tasks = runs_page.chosen_tasks(found)
+    assert tasks.header == ("run", "arithmetic", "n", "difference [95 %]")
+    assert [row[2] for row in tasks.rows] == ["512"] * 3
 
 
 def test_fronts_are_laid_over_each_other(found):

@@ -230,7 +230,7 @@ def _explored(run: Run) -> Any:
                 "line": {"width": 0.5, "color": GREY},
                 "showscale": len(trials) > 1,
                 "colorbar": {
-                    "title": {"text": "trial", "side": "right"},
+                    "title": {"text": "trial", "side": "right", "font": {"size": 13}},
                     "thickness": 10,
                     "outlinewidth": 0,
                     "tickformat": "d",

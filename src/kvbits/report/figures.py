@@ -19,10 +19,10 @@ from kvbits.report.theme import (
     BLUE,
     GREEN,
     GREY,
-    INK,
     ORANGE,
     PURPLE,
     VERMILION,
+    VIOLET,
     finish,
     log_axis,
 )
@@ -52,7 +52,7 @@ STYLES = {
     "uniform": Style("uniform", ORANGE, "square", "■"),
     "ladder": Style("ladder", GREEN, "triangle-up", "▲"),
     "random": Style("random", GREY, "x-thin", "✕"),
-    GIVEN_ORIGIN: Style("given rival", INK, "star-diamond", "✦"),
+    GIVEN_ORIGIN: Style("given rival", VIOLET, "star-diamond", "✦"),
 }
 CHOSEN = Style("chosen plan", VERMILION, "circle-open", "◯")
 MODES = dict.fromkeys(SEARCHED_ORIGINS, "lines+markers") | {"uniform": "markers+text"}
@@ -67,8 +67,10 @@ def front_keys(run: Run) -> list[Key]:
     """What the markers of ``front_figures`` mean."""
     drawn = {point.origin for point in run.points if point.measured_kl}
     keys = [Key(s.glyph, s.colour, s.text) for origin, s in STYLES.items() if origin in drawn]
-    if any(point.is_searched and point.predicted_kl for point in run.points):
-        keys.append(Key("┄", BLUE, "predicted from calibration data"))
+    expected = next((p for p in run.points if p.is_searched and p.predicted_kl), None)
+    if expected is not None:
+        colour = STYLES[expected.origin].colour
+        keys.append(Key("┄", colour, "expected from calibration data"))
     if run.chosen is not None:
         keys.append(Key(CHOSEN.glyph, CHOSEN.colour, CHOSEN.text))
     if run.long_context_budget is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -20,6 +20,7 @@ from kvbits.report.theme import finish
 
 ROW_HEIGHT, HEAT_MARGIN, MIN_HEIGHT = 24, 96, 260  # the colour bar needs room for its labels
 COLUMN_WIDTH, SIDE_WIDTH = 32, 150  # a cell's number; the labels and the colour bar
+CHARACTER_WIDTH = 9
 COLOURS = "YlOrBr"
 
 
@@ -78,9 +79,10 @@ def _texts(grid: Grid, write: Callable[[float], str]) -> list[list[str]]:
     return [["" if value is None else write(value) for value in row] for row in grid.rows]
 
 
-def heat_width(num_columns: int) -> int:
-    """Pixels a heat map with numbers in its cells needs."""
-    return SIDE_WIDTH + COLUMN_WIDTH * num_columns
+def heat_width(columns: Collection[str]) -> int:
+    """Pixels a heat map needs for the numbers in its cells and the names under them."""
+    widths = (max(COLUMN_WIDTH, CHARACTER_WIDTH * len(name) + 6) for name in columns)
+    return SIDE_WIDTH + sum(widths)
 
 
 def _range(grids: Sequence[Grid]) -> tuple[float, float]:
@@ -105,7 +107,7 @@ def _heat_map(grid: Grid, low: float, high: float, title: str) -> Any:
         xgap=1,
         ygap=1,
         colorbar={
-            "title": {"text": title, "side": "right"},
+            "title": {"text": title, "side": "right", "font": {"size": 13}},
             "tickprefix": "10<sup>",
             "ticksuffix": "</sup>",
             "dtick": 1 if high - low < 6 else 2,
@@ -116,7 +118,12 @@ def _heat_map(grid: Grid, low: float, high: float, title: str) -> Any:
     figure = go.Figure(trace)
     finish(figure, max(MIN_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * len(grid.layers)))
     figure.update_yaxes(
-        autorange="reversed", showgrid=False, type="category", dtick=1, title_text="layer"
+        autorange="reversed",
+        showgrid=False,
+        type="category",
+        dtick=1,
+        title_text="layer",
+        ticklabelstandoff=5,
     )
     figure.update_xaxes(showgrid=False, type="category", tickangle=0)
     return figure
@@ -147,6 +154,8 @@ def plans_figure(plans: Sequence[tuple[str, Point]]) -> Any:
     )
     figure = go.Figure(trace)
     finish(figure, 80 + 28 * len(rows))
-    figure.update_yaxes(autorange="reversed", showgrid=False, type="category", dtick=1)
+    figure.update_yaxes(
+        autorange="reversed", showgrid=False, type="category", dtick=1, ticklabelstandoff=5
+    )
     figure.update_xaxes(showgrid=False, type="category", title_text="layer", tickangle=0)
     return figure

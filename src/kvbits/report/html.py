@@ -74,6 +74,11 @@ def paragraph(text: str, style: str = "") -> str:
     return f'<p class="{style}">{escape(text)}</p>' if style else f"<p>{escape(text)}</p>"
 
 
+def heading(text: str) -> str:
+    """A heading inside a section."""
+    return f"<h3>{escape(text)}</h3>"
+
+
 def code(text: str) -> str:
     """A block of code."""
     return f"<pre>{escape(text)}</pre>"
@@ -117,7 +122,7 @@ def figure(drawn: Any, name: str, *, label: str, min_width: int = 0) -> str:
 def panels(drawn: Iterable[tuple[str, Any]], name: str, *, label: str, min_width: int = 0) -> str:
     """Figures under a title each: side by side where there is room, else one below the other."""
     parts = [
-        f'<div class="panel"><h3>{escape(title)}</h3>'
+        f'<div class="panel">{heading(title)}'
         f"{figure(each, f'{name}-{index}', label=f'{label}: {title}', min_width=min_width)}</div>"
         for index, (title, each) in enumerate(drawn)
     ]

@@ -117,8 +117,8 @@ def _front(run: Run) -> Section | None:
         "Quality against size",
         paragraph(
             "Lower left is better. Markers are measured on held-out data, with one standard "
-            "error; dotted lines are what the search predicted from calibration data. Hover for "
-            "a plan's layers and results."
+            "error; dotted lines are what calibration data made the search expect. Hover for a "
+            "plan's layers and results."
         ),
         html.legend(figures.front_keys(run)),
         html.panels(
@@ -144,23 +144,23 @@ def _rivals(run: Run) -> Section | None:
     parts = []
     if rivals := _table(tables.against_rivals(run)):
         text = (
-            "The chosen plan's KL minus that of every rival: uniform, ladder and random plans "
-            "within the budget, and plans given to compare with. Same documents, ± is the paired "
-            "standard error; below zero the search did better, and more than two errors from "
-            "zero it surely did."
+            "The chosen plan's KL minus that of every rival: rules within the budget, and plans "
+            "given to compare with. Same documents, ± is the paired standard error; below zero "
+            "the search did better, and more than two errors from zero it surely did."
         )
-        parts += [paragraph(text), rivals]
+        parts += [html.heading("The chosen plan"), paragraph(text), rivals]
     if equal := _table(tables.comparison(run)):
         text = (
-            "At every size: each rival beside the largest searched plan that was measured and is "
-            "at most 0.05 bits larger and 0.2 smaller. The last columns are searched KL divided "
-            "by the rival's: below 1 the search did better, above 1 the rival did."
+            "Each rival beside the largest searched plan that was measured and is at most 0.05 "
+            "bits larger and 0.2 smaller; the chosen plan is marked. The last columns are "
+            "searched KL divided by the rival's, with the paired standard error: below 1 the "
+            "search did better, above 1 the rival did."
         )
-        parts += [html.paragraph(text), equal]
+        parts += [html.heading("At equal effective bits"), paragraph(text), equal]
     if neighbours := _table(tables.against_neighbours(run)):
-        text = "The chosen plan's KL minus that of its neighbours on the front, paired as above."
-        parts += [paragraph(text), neighbours]
-    return section("Against rivals at equal effective bits", *parts, short="Rivals")
+        text = "The chosen plan's KL minus that of other searched plans, paired as above."
+        parts += [html.heading("Neighbours on the front"), paragraph(text), neighbours]
+    return section("Against uniform, ladder, random and given plans", *parts, short="Rivals")
 
 
 def _chosen_bits(run: Run) -> Section | None:
@@ -239,7 +239,7 @@ def _domains(run: Run) -> Section | None:
 def _sensitivity(run: Run) -> Section | None:
     if not run.sensitivity:
         return None
-    columns = len({row.label for row in run.sensitivity})
+    columns = {row.label for row in run.sensitivity}
     return section(
         "Sensitivity of every layer",
         paragraph(
@@ -265,7 +265,7 @@ def _pruned(run: Run) -> Section | None:
     figure = heatmaps.pairs_figure(run)
     if figure is None:
         return None
-    columns = len({row.label for row in run.errors})
+    columns = {row.label for row in run.errors}
     return section(
         "Pairs of every layer, pruned and clustered",
         paragraph(

@@ -55,7 +55,7 @@ def render_comparison(runs: Sequence[NamedRun]) -> str:
         f"{len(runs)} runs of {account.model_name(runs[0].run)}",
         lead,
         [
-            section("Chosen plans", render_table(chosen(runs)), short="Plans"),
+            _chosen_plans(runs),
             _fronts(runs),
             _differences(runs),
             _equal_bits(runs),
@@ -81,17 +81,13 @@ def _keys(runs: Sequence[NamedRun]) -> list[Key]:
 
 
 def chosen(runs: Sequence[NamedRun]) -> Table:
-    """The verified numbers of every run's plan."""
+    """The size and the verified KLs of every run's plan."""
     domains = shared_domains(runs)
-    tasks = tuple(dict.fromkeys(task for each in runs for task in each.chosen.tasks))
-    header = ["run", "search", "bits", "at context", "cache"]
-    header += [f"KL {domain}" for domain in domains]
-    for task in tasks:
-        header += [task, "difference [95 %]"]
-    return Table(tuple(header), tuple(_chosen_row(each, domains, tasks) for each in runs))
+    header = ("run", "search", "bits", "at context", "cache", *(f"KL {d}" for d in domains))
+    return Table(header, tuple(_chosen_row(each, domains) for each in runs))
 
 
-def _chosen_row(each: NamedRun, domains: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
+def _chosen_row(each: NamedRun, domains: Sequence[str]) -> tuple[str, ...]:
     run, point = each.run, each.chosen
     settings = run.study.get("settings", {})
     search = [settings.get("strategy"), settings.get("objective"), run.mode]
@@ -106,9 +102,37 @@ def _chosen_row(each: NamedRun, domains: Sequence[str], tasks: Sequence[str]) ->
     for domain in domains:
         measured = point.measured_kl.get(domain)
         cells.append("" if measured is None else numbers.with_error(*measured))
-    for task in tasks:
-        cells += tables.task_cells(point.tasks.get(task))
     return tuple(cells)
+
+
+def chosen_tasks(runs: Sequence[NamedRun]) -> Table:
+    """The verified accuracy of every run's plan, of those that answered problems."""
+    names = tuple(dict.fromkeys(task for each in runs for task in each.chosen.tasks))
+    header = ["run"]
+    for name in names:
+        header += [name, "n", "difference [95 %]"]
+    rows = []
+    for each in runs:
+        if each.chosen.tasks:
+            cells = [each.name]
+            for name in names:
+                task = each.chosen.tasks.get(name)
+                accuracy, difference = tables.task_cells(task)
+                cells += [accuracy, "" if task is None else numbers.count(task.n), difference]
+            rows.append(tuple(cells))
+    return Table(tuple(header), tuple(rows))
+
+
+def _chosen_plans(runs: Sequence[NamedRun]) -> Section | None:
+    tasks = chosen_tasks(runs)
+    note = paragraph("Exact match; the difference is from the full-precision cache, in points.")
+    return section(
+        "Chosen plans",
+        paragraph("Forward KL on held-out data, in nats per token."),
+        render_table(chosen(runs)),
+        note + render_table(tasks) if tasks.rows else "",
+        short="Plans",
+    )
 
 
 def front_figures(runs: Sequence[NamedRun]) -> list[tuple[str, Any]]:
@@ -133,7 +157,7 @@ def _fronts(runs: Sequence[NamedRun]) -> Section | None:
         "Quality against size",
         paragraph(
             "Lower left is better. Markers are measured on held-out data, with one standard "
-            "error; dotted lines are predicted from calibration data; rings are the chosen plans."
+            "error; dotted lines are expected from calibration data; rings are the chosen plans."
         ),
         html.legend([*_keys(runs), Key(uniform.glyph, uniform.colour, "uniform")]),
         html.panels(front_figures(runs), "front", label="KL against effective bits of all runs"),
@@ -248,10 +272,10 @@ def _provenance(runs: Sequence[NamedRun]) -> Section | None:
     parts = []
     for each in runs:
         command = account.command(each.run)
-        parts.append(f"<h3>{escape(each.name)}</h3>")
+        parts.append(html.heading(each.name))
         parts.append(f'<pre class="wrap">{escape(command)}</pre>' if command else "")
         parts.append(render_table(account.checksums(each.run), "summary"))
     differing = account.differing_settings([(each.name, each.run) for each in runs])
     if differing.rows:
-        parts += ["<h3>Where they differ</h3>", render_table(differing, "text")]
+        parts += [html.heading("Where they differ"), render_table(differing, "text")]
     return section("Provenance", *parts)

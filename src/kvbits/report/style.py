@@ -19,7 +19,8 @@ main { max-width: 1120px; margin: 0 auto; padding: 36px 24px 80px; }
 h1 { font-size: 28px; line-height: 1.25; margin: 0 0 14px; letter-spacing: -0.01em; }
 h2 { font-size: 20px; line-height: 1.3; margin: 44px 0 8px; padding-top: 18px;
   border-top: 1px solid var(--rule); }
-h3 { font-size: 14px; font-weight: 600; margin: 8px 0 0; }
+h3 { font-size: 15px; font-weight: 600; margin: 22px 0 0; }
+.panel h3 { font-size: 14px; margin: 8px 0 0; }
 p { max-width: 76ch; margin: 8px 0 14px; }
 a { color: var(--link); }
 .lead { font-size: 18px; border-left: 4px solid var(--accent); padding: 2px 0 2px 16px;

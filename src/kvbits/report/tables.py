@@ -210,12 +210,12 @@ def comparison(run: Run) -> Table:
 
 
 def ratio_cell(measured: Measurement | None) -> str:
-    """A ratio and its standard error, at least 0.01; empty for None."""
+    """A ratio with its standard error where that shows in two decimals; empty for None."""
     if measured is None:
         return ""
-    text = numbers.ratio(measured.value)
-    is_known = measured.standard_error > 0  # false for nan, the error of a single document
-    return f"{text} ± {max(measured.standard_error, 0.01):.2f}" if is_known else text
+    if measured.standard_error >= 0.005 and measured.value >= 0.005:  # false for nan
+        return numbers.with_error(measured.value, max(measured.standard_error, 0.01))
+    return numbers.ratio(measured.value)
 
 
 def against_rivals(run: Run) -> Table:
