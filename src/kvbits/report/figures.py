@@ -89,7 +89,7 @@ def _front_figure(run: Run, domain: str) -> Any:
             x=run.long_context_budget, line={"color": GREY, "width": 1, "dash": "dash"}
         )
     if run.chosen is not None:
-        add_ring(figure, run.chosen, domain, CHOSEN.colour)
+        add_ring(figure, run, run.chosen, domain, CHOSEN.colour)
     return finish_front(figure)
 
 
@@ -173,21 +173,23 @@ def add_predicted(figure: Any, points: Sequence[Point], domain: str, style: Styl
     figure.add_trace(trace)
 
 
-def add_ring(figure: Any, point: Point, domain: str, colour: str) -> None:
-    """Mark the chosen plan."""
+def add_ring(figure: Any, run: Run, point: Point, domain: str, colour: str) -> None:
+    """Mark the chosen plan; the dot in its ring answers before the points it lies on."""
     if domain not in point.measured_kl:
         return
     trace = go.Scatter(
-        x=[point.effective_bits],
-        y=[point.measured_kl[domain].value],
+        x=[point.effective_bits] * 2,
+        y=[point.measured_kl[domain].value] * 2,
         mode="markers",
         marker={
-            "symbol": CHOSEN.symbol,
-            "size": 16,
+            "symbol": [CHOSEN.symbol, "circle"],
+            "size": [16, 5],
+            "opacity": 1,
             "color": colour,
-            "line": {"width": 2.5, "color": colour},
+            "line": {"width": [2.5, 0], "color": colour},
         },
-        hoverinfo="skip",  # the point in it answers
+        customdata=[hover(run, point, domain)] * 2,
+        hovertemplate="%{customdata}<extra></extra>",
         name=CHOSEN.text,
     )
     figure.add_trace(trace)

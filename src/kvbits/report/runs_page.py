@@ -146,7 +146,7 @@ def front_figures(runs: Sequence[NamedRun]) -> list[tuple[str, Any]]:
             searched = [point for point in each.run.points if point.is_searched]
             figures.add_predicted(figure, searched, domain, style)
             figures.add_measured(figure, each.run, searched, domain, style)
-            figures.add_ring(figure, each.chosen, domain, style.colour)
+            figures.add_ring(figure, each.run, each.chosen, domain, style.colour)
         found.append((domain, figures.finish_front(figure)))
     return found
 

@@ -26,7 +26,12 @@ def finish(figure: Any, height: int, top: int = 16) -> Any:
         height=height,
         margin={"l": 62, "r": 16, "t": top, "b": 50},
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        hoverlabel={"bgcolor": "#ffffff", "bordercolor": GREY, "font": {"color": INK}},
+        hoverlabel={
+            "bgcolor": "#ffffff",
+            "bordercolor": GREY,
+            "font": {"color": INK},
+            "align": "left",
+        },
         paper_bgcolor=CLEAR,
         plot_bgcolor=CLEAR,
         dragmode=False,
@@ -50,4 +55,5 @@ def log_axis(title: str, values: Iterable[float] = ()) -> dict[str, Any]:
         "dtick": "D2" if is_short else 1,
         "exponentformat": "power",
         "minor_showgrid": False,
+        "tickfont": {"size": 11.5},
     }
