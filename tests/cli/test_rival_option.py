@@ -50,6 +50,14 @@ def test_a_rival_that_is_no_finished_run_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_recipe_that_has_no_limit_for_the_budget_is_refused(tiny_model_dir, tmp_path, told):
+    arguments = ["tune", str(tiny_model_dir), "--rival", "kvtuner", "--max-kl", "0.01"]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "bits must be the budget where kvtuner is a rival" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_is_kept_as_it_was_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/kvbits", "tune", "my model", "--bits", "4"])
     assert command_line() == "kvbits tune 'my model' --bits 4"

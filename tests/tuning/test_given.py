@@ -16,6 +16,7 @@ from kvbits.tuning import Data, TuneSettings, rivals, tune
 from kvbits.tuning.budget import memory_curve
 from kvbits.tuning.candidates import of_mode
 from kvbits.tuning.given import GivenRival, as_choice, check_given, load_rival
+from kvbits.tuning.published import recipe_rival, recipe_settings
 from kvbits.tuning.settings import RECIPES
 
 SETTINGS = TuneSettings(bits=4.5, task_n=0, random_plans=1, widths=(4, 2))
@@ -116,6 +117,29 @@ def test_memory_is_told_at_the_studys_own_context_and_batch(rival):
     curve = {row["context"]: row["bytes"] for row in memory_curve(rival, settings)}
     assert curve[1000] == rival.bytes(1000, 3)
     assert {256, 131_072} <= set(curve)
+
+
+def test_a_published_recipe_searches_for_the_same_budget(
+    model, tiny_model_dir, tmp_path, monkeypatch
+):
+    """The recipe itself, but for fewer trials."""
+    short = RECIPES["kvtuner"] | {"trials": 16, "population": 6}
+    monkeypatch.setitem(RECIPES, "kvtuner", short)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    data = Data([token_set("calibration", 0)], [token_set("heldout", 9)])
+    found = recipe_rival(model, tokenizer, SETTINGS, "kvtuner", tmp_path, data=data)
+    assert found.name == "kvtuner recipe"
+    assert found.plan.provenance.method == "moead"
+    assert found.plan.effective_bits <= SETTINGS.bits
+    lines = (tmp_path / "rivals" / "kvtuner" / "search.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in lines} == {"4 bits", "6 bits"}
+
+
+def test_a_recipe_keeps_what_the_study_shares_with_it():
+    settings = recipe_settings(TuneSettings(bits=4.5, mode="kivi", seed=3, task_n=9), "kvtuner")
+    assert (settings.bits, settings.mode, settings.seed) == (4.5, "kivi", 3)
+    assert (settings.strategy, settings.widths, settings.trials) == ("moead", (8, 4, 2), 200)
+    assert settings.task_n == 0
 
 
 # ----- finding the candidates of a rival

@@ -121,9 +121,9 @@ def tune(
     rival: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="RUN|PLAN",
-            help="Also verify this plan file, or the plan of this run, and compare; repeatable. "
-            "A finished run may be given more of them.",
+            metavar="RUN|PLAN|RECIPE",
+            help="Also verify the plan of this run, this plan file, or what a published recipe "
+            "finds for the same budget; repeatable, also for a finished run.",
         ),
     ] = None,
     output: Annotated[
@@ -210,21 +210,21 @@ def _tune(
     from kvbits.report.page import write_page
     from kvbits.tuning import study
     from kvbits.tuning.given import load_rival
+    from kvbits.tuning.published import recipe_rival, recipe_settings
     from kvbits.tuning.settings import RECIPES, TuneSettings
 
     settings = TuneSettings(**given, **_of_recipe(given, recipe, RECIPES))
-    others = [load_rival(path) for path in rivals]
+    published = [rival for rival in rivals if rival in RECIPES and not Path(rival).exists()]
+    others = [load_rival(path) for path in rivals if path not in published]
+    for rival in published:
+        recipe_settings(settings, rival)  # refuse what cannot be searched for before any work
     loaded = load_model(name, device, dtype)
+    model, tokenizer = loaded.model, loaded.tokenizer
     with StageBars() as progress:
-        study.tune(
-            loaded.model,
-            loaded.tokenizer,
-            settings,
-            run_dir,
-            progress,
-            given=others,
-            command=command_line(),
-        )
+        for rival in published:
+            others.append(recipe_rival(model, tokenizer, settings, rival, run_dir, progress))
+        command = command_line()
+        study.tune(model, tokenizer, settings, run_dir, progress, given=others, command=command)
     write_page(run_dir, model=name)
 
 

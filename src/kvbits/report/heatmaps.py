@@ -21,6 +21,7 @@ from kvbits.report.theme import finish
 ROW_HEIGHT, HEAT_MARGIN, MIN_HEIGHT = 24, 96, 260  # the colour bar needs room for its labels
 COLUMN_WIDTH, SIDE_WIDTH = 32, 150  # a cell's number; the labels and the colour bar
 CHARACTER_WIDTH = 9
+LEVEL_CHARACTERS = 6  # longer names of columns, such as those with a method, stand upright
 COLOURS = "YlOrBr"
 
 
@@ -81,8 +82,11 @@ def _texts(grid: Grid, write: Callable[[float], str]) -> list[list[str]]:
 
 def heat_width(columns: Collection[str]) -> int:
     """Pixels a heat map needs for the numbers in its cells and the names under them."""
-    widths = (max(COLUMN_WIDTH, CHARACTER_WIDTH * len(name) + 6) for name in columns)
-    return SIDE_WIDTH + sum(widths)
+    longest = max(map(len, columns))
+    is_level = longest <= LEVEL_CHARACTERS
+    return SIDE_WIDTH + len(columns) * (
+        max(COLUMN_WIDTH, CHARACTER_WIDTH * longest + 6) if is_level else COLUMN_WIDTH
+    )
 
 
 def _range(grids: Sequence[Grid]) -> tuple[float, float]:
@@ -116,7 +120,11 @@ def _heat_map(grid: Grid, low: float, high: float, title: str) -> Any:
         },
     )
     figure = go.Figure(trace)
-    finish(figure, max(MIN_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * len(grid.layers)))
+    longest = max(map(len, grid.columns))
+    is_level = longest <= LEVEL_CHARACTERS
+    below = 0 if is_level else (CHARACTER_WIDTH - 1) * longest
+    finish(figure, max(MIN_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * len(grid.layers)) + below)
+    figure.update_layout(margin_b=50 + below)
     figure.update_yaxes(
         autorange="reversed",
         showgrid=False,
@@ -125,7 +133,7 @@ def _heat_map(grid: Grid, low: float, high: float, title: str) -> Any:
         title_text="layer",
         ticklabelstandoff=5,
     )
-    figure.update_xaxes(showgrid=False, type="category", tickangle=0)
+    figure.update_xaxes(showgrid=False, type="category", tickangle=0 if is_level else -90)
     return figure
 
 

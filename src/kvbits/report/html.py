@@ -126,7 +126,8 @@ def panels(drawn: Iterable[tuple[str, Any]], name: str, *, label: str, min_width
         f"{figure(each, f'{name}-{index}', label=f'{label}: {title}', min_width=min_width)}</div>"
         for index, (title, each) in enumerate(drawn)
     ]
-    return f'<div class="panels">{"".join(parts)}</div>' if parts else ""
+    room = f' style="--room: {min_width}px"' if min_width else ""
+    return f'<div class="panels"{room}>{"".join(parts)}</div>' if parts else ""
 
 
 def page(title: str, lead: str, sections: Sequence[Section | None]) -> str:

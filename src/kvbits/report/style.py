@@ -49,7 +49,7 @@ table.text td { text-align: left; }
 table.compact { font-size: 13px; }
 table.compact th, table.compact td { padding: 3px 8px; }
 .panels { display: grid; gap: 8px 20px; margin: 8px 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, max(310px, var(--room, 0px))), 1fr)); }
 .panel { min-width: 0; }
 .figure { margin: 4px 0; overflow-x: auto; overflow-y: hidden; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 20px; padding: 0;
