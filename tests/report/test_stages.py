@@ -133,10 +133,28 @@ def test_pruned_pairs_are_told_apart_from_kept_ones(run):
 
 def test_layers_of_a_group_share_a_letter(run):
     names = heatmaps.group_names(run)
-    assert [names[layer] for layer in range(6)] == ["A", "B", "C", "A", "B", "C"]
+    assert [names[str(layer)] for layer in range(6)] == ["A", "B", "C", "A", "B", "C"]
     labels = heatmaps.pairs_figure(run).data[0].y
     assert labels[4] == "4 · B"
     assert stage_tables.groups(run).rows[0][:3] == ("A", "0, 3, 6, 9", "6")
+
+
+def test_rows_may_be_heads_of_layers(tmp_path):
+    def by_head(text):
+        rows = [json.loads(line) for line in text.splitlines()]
+        rows = [row | {"layer": f"{row['layer']}.{head}"} for row in rows for head in (0, 1)]
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    path = rewritten(tmp_path, "errors.jsonl", by_head)
+    pruned = {"0.0": ["K8V8"], "0.1": ["K8V8", "K4V4"]}
+    (path / "pruned.json").write_text(
+        json.dumps({"candidates": pruned, "groups": [["0.0"], ["0.1"]]})
+    )
+    run = collect(path)
+    assert compare.pair_grid(run).layers[:3] == ("0.0", "0.1", "1.0")
+    assert heatmaps.pairs_figure(run).data[0].y[1] == "0.1 · B"
+    assert compare.chosen_trial(run) == {}
+    assert "0.1 · B" in render(run) or "0.1 \\u00b7 B" in render(run)
 
 
 def test_letters_go_on_after_z():
@@ -206,7 +224,7 @@ def test_a_record_without_a_field_is_refused_with_its_line(tmp_path, name, field
 
 
 def test_a_damaged_pruning_is_refused(tmp_path):
-    path = rewritten(tmp_path, "pruned.json", lambda text: '{"candidates": {"x": []}}')
+    path = rewritten(tmp_path, "pruned.json", lambda text: '{"candidates": {"1": []}}')
     with pytest.raises(RecordError, match=r"pruned\.json must be complete, got"):
         collect(path)
 

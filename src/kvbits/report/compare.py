@@ -31,11 +31,11 @@ class Comparison(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """One domain's sensitivities: ``rows[layer][column]`` in nats, None where not measured."""
+    """A heat map by layer: ``rows[layer][column]``, None where not measured."""
 
     domain: str
     columns: tuple[str, ...]
-    layers: tuple[int, ...]
+    layers: tuple[str, ...]
     rows: tuple[tuple[float | None, ...], ...]
 
 
@@ -110,7 +110,8 @@ def chosen_trial(run: Run) -> dict[str, float]:
     """Return the chosen plan's KLs on calibration data where the search measured them."""
     if run.chosen is None or run.pruned is None:
         return {}
-    labels = tuple(run.chosen.labels[layer] for layer in sorted(run.pruned.kept))
+    layers = [row for row in run.pruned.kept if row.isdecimal()]
+    labels = tuple(run.chosen.labels[layer] for layer in sorted(map(int, layers)))
     trial = next((trial for trial in run.trials if trial.labels == labels), None)
     names = tuple(run.normalised_by) or run.domains
     return {} if trial is None else dict(zip(names, trial.kl_nats, strict=False))
@@ -120,13 +121,13 @@ def sensitivity_grids(rows: Sequence[Sensitivity]) -> tuple[Grid, ...]:
     """Arrange sensitivities as layer x codec, one grid per domain, keys first, widest first."""
     sides = {row.label: (row.side != "key", -row.bits) for row in rows}
     columns = tuple(sorted(sides, key=lambda label: sides[label]))
-    layers = tuple(sorted({row.layer for row in rows}))
+    layers = sorted({row.layer for row in rows})
     values = {(row.domain, row.layer, row.label): row.kl_nats for row in rows}
     return tuple(
         Grid(
             domain=domain,
             columns=columns,
-            layers=layers,
+            layers=tuple(map(str, layers)),
             rows=tuple(
                 tuple(values.get((domain, layer, label)) for label in columns) for layer in layers
             ),
@@ -141,8 +142,8 @@ def pair_grid(run: Run) -> Grid | None:
     if not rows:
         return None
     columns = tuple(dict.fromkeys(row.label for row in rows))
-    layers = tuple(sorted({row.layer for row in rows}))
-    values = {(row.layer, row.label): row.output_error for row in rows}
+    layers = tuple(dict.fromkeys(row.row for row in rows))
+    values = {(row.row, row.label): row.output_error for row in rows}
     cells = tuple(tuple(values.get((layer, label)) for label in columns) for layer in layers)
     return Grid("output error", columns, layers, cells)
 

@@ -49,7 +49,7 @@ def pairs_figure(run: Run) -> Any | None:
     return figure
 
 
-def group_names(run: Run) -> dict[int, str]:
+def group_names(run: Run) -> dict[str, str]:
     """Return a letter for the group of every layer: A, B, and after Z, AA."""
     groups = run.pruned.groups if run.pruned else ()
     return {layer: _letters(index) for index, group in enumerate(groups) for layer in group}
@@ -98,7 +98,7 @@ def _range(grids: Sequence[Grid]) -> tuple[float, float]:
 def _heat_map(grid: Grid, low: float, high: float, title: str) -> Any:
     trace = go.Heatmap(
         x=list(grid.columns),
-        y=[str(layer) for layer in grid.layers],
+        y=list(grid.layers),
         z=[[log10_or_none(value) for value in row] for row in grid.rows],
         zmin=low,
         zmax=high,

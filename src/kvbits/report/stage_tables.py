@@ -81,7 +81,7 @@ def groups(run: Run) -> Table:
     rows = tuple(
         (
             names[group[0]],
-            ", ".join(map(str, group)),
+            ", ".join(group),
             str(len(run.pruned.kept.get(group[0], ()))),
             ", ".join(run.pruned.kept.get(group[0], ())),
         )
@@ -97,7 +97,7 @@ def pair_errors(run: Run) -> Table:
         return Table((), ())
     kept, _ = split_by_pruning(run, grid)
     rows = tuple(
-        (str(layer), *(_cell(value, mark) for value, mark in zip(values, marks, strict=True)))
+        (layer, *(_cell(value, mark) for value, mark in zip(values, marks, strict=True)))
         for layer, values, marks in zip(grid.layers, grid.rows, kept.rows, strict=True)
     )
     return Table(("layer", *grid.columns), rows, caption="e_o; in brackets: pruned")

@@ -30,18 +30,24 @@ class Sensitivity(NamedTuple):
 
 
 class PairError(NamedTuple):
-    """Relative error of one layer's attention output when it is stored as one candidate."""
+    """Relative error of one layer's attention output when it is stored as one candidate.
 
-    layer: int
+    ``row`` names the layer: ``3``, or of one head ``3.1``.
+    """
+
+    row: str
     label: str
     output_error: float
 
 
 class Pruned(NamedTuple):
-    """What pruning kept of every layer, and which layers the search treats as one."""
+    """What pruning kept of every row, and which rows the search treats as one.
 
-    kept: Mapping[int, tuple[str, ...]]
-    groups: tuple[tuple[int, ...], ...]
+    A row is a layer, ``3``, or one head of it, ``3.1``.
+    """
+
+    kept: Mapping[str, tuple[str, ...]]
+    groups: tuple[tuple[str, ...], ...]
 
 
 class Trial(NamedTuple):
@@ -119,15 +125,15 @@ def parse_sensitivity(item: Mapping[str, Any]) -> Sensitivity:
 
 def parse_error(item: Mapping[str, Any]) -> PairError:
     """One line of ``errors.jsonl``."""
-    return PairError(int(item["layer"]), str(item["label"]), float(item["e_o"]))
+    return PairError(str(item["layer"]), str(item["label"]), float(item["e_o"]))
 
 
 def parse_pruned(document: Mapping[str, Any]) -> Pruned | None:
     """The document ``pruned.json``; None of an empty one."""
     if not document:
         return None
-    kept = {int(k): tuple(map(str, labels)) for k, labels in document["candidates"].items()}
-    return Pruned(kept, tuple(tuple(map(int, group)) for group in document["groups"]))
+    kept = {str(k): tuple(map(str, labels)) for k, labels in document["candidates"].items()}
+    return Pruned(kept, tuple(tuple(map(str, group)) for group in document["groups"]))
 
 
 def parse_trial(item: Mapping[str, Any]) -> Trial:

@@ -262,7 +262,7 @@ def sensitivities(run: Run) -> tuple[Table, ...]:
             ("layer", *grid.columns),
             tuple(
                 (
-                    str(layer),
+                    layer,
                     *("" if value is None else numbers.significant(value) for value in row),
                 )
                 for layer, row in zip(grid.layers, grid.rows, strict=True)
