@@ -22,6 +22,7 @@ from kvbits.report import (
     verdict,
 )
 from kvbits.report.collect import Run, collect
+from kvbits.report.compare import pair_grid
 from kvbits.report.html import Section, details, paragraph, section
 from kvbits.report.tables import Table, render_table
 
@@ -262,10 +263,9 @@ def _sensitivity(run: Run) -> Section | None:
 
 
 def _pruned(run: Run) -> Section | None:
-    figure = heatmaps.pairs_figure(run)
-    if figure is None:
+    figure, grid = heatmaps.pairs_figure(run), pair_grid(run)
+    if figure is None or grid is None:
         return None
-    columns = {row.label for row in run.errors}
     return section(
         "Pairs of every layer, pruned and clustered",
         paragraph(
@@ -278,7 +278,7 @@ def _pruned(run: Run) -> Section | None:
             figure,
             "pairs",
             label="Output error by layer and pair",
-            min_width=heatmaps.heat_width(columns) + 40,
+            min_width=heatmaps.heat_width(grid.columns),
         ),
         details("Groups and what they keep", _table(stage_tables.groups(run), "text")),
         details("The same numbers as a table", _table(stage_tables.pair_errors(run), "compact")),

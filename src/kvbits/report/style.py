@@ -36,7 +36,7 @@ pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 13.5px; margin: 10px 0; display: block;
   max-width: 100%; overflow-x: auto; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 6px 0; }
-th, td { padding: 5px 10px; text-align: right; white-space: nowrap;
+th, td { padding: 5px 8px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; vertical-align: bottom; border-bottom: 1px solid var(--strong); }
 th:first-child, td:first-child { text-align: left; padding-left: 8px; }
