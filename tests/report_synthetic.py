@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 NUM_LAYERS = 12
@@ -43,9 +44,11 @@ def point(name: str, origin: str, pairs: list[list[int]], rng: random.Random, **
         "name": name,
         "origin": origin,
         "labels": [f"K{key}V{value}" for key, value in pairs],
+        "summary": f"made up; {bits:.2f} effective bits",
         "pairs": pairs,
         "effective_bits": bits,
         "effective_bits_at_context": bits + 0.05,
+        "loss": predicted["text"],
         "predicted_kl": predicted,
         "measured_kl": measured,
         "tasks": {"arithmetic": task},
@@ -97,7 +100,9 @@ def comparisons(points: list[dict]) -> list[dict]:
     chosen = next(p for p in points if p["chosen"])
     found = []
     for rival in points:
-        if rival["origin"] not in {"uniform", "ladder", "random"} or rival["effective_bits"] > 4.5:
+        is_rule = rival["origin"] in {"uniform", "ladder", "random"}
+        is_near = rival["origin"] == "exact" and abs(rival["effective_bits"] - 4.5) < 1
+        if not (is_rule and rival["effective_bits"] <= 4.5) and not (is_near and rival != chosen):
             continue
         for domain in DOMAINS:
             gap = chosen["measured_kl"][domain]["value"] - rival["measured_kl"][domain]["value"]
@@ -115,8 +120,112 @@ def comparisons(points: list[dict]) -> list[dict]:
     return found
 
 
-def write_run(path: Path, seed: int = 0) -> Path:
-    """Write study, sensitivities, records, front and plan."""
+def verify_record(point: dict, domain: str, data: str = "ab") -> dict:
+    """Four documents around the point's KL, and bins of which the first is still exact."""
+    measured = point["measured_kl"][domain]
+    value = measured["value"]
+    starts = (0, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+    positions = [
+        {
+            "start": start,
+            "stop": stop,
+            "kl_nats": value * start / 100,
+            "kl_se": value * start / 1000,
+            "num_tokens": stop - start,
+        }
+        for start, stop in pairwise(starts)
+    ]
+    return {
+        "kind": "kl",
+        "name": point["name"],
+        "origin": point["origin"],
+        "labels": point["labels"],
+        "domain": domain,
+        "task": None,
+        "data": f"{domain} heldout",
+        "split": "heldout",
+        "checksum": data * 32,
+        "seed": 0,
+        "n": 4,
+        "num_tokens": 400,
+        "kl_nats": value,
+        "kl_se": measured["se"],
+        "top1_agreement": 0.98,
+        "perplexity": 19.4,
+        "perplexity_reference": 19.3,
+        "excess_nll": value / 2,
+        "excess_nll_se": measured["se"],
+        "document_kl_nats": [value * share for share in (0.8, 0.9, 1.1, 1.2)],
+        "document_tokens": [100] * 4,
+        "positions": positions,
+        "seconds": 4.2,
+    }
+
+
+def trials(points: list[dict], chosen: dict, rng: random.Random) -> list[dict]:
+    """Searched and random plans in random order, the chosen one among them."""
+    picked = [p for p in points if p["origin"] in ("exact", "random")]
+    assert chosen in picked
+    rng.shuffle(picked)
+    return [
+        {
+            "choice": [0] * NUM_LAYERS,
+            "labels": p["labels"],
+            "effective_bits": p["effective_bits"],
+            "kl_nats": list(p["predicted_kl"].values()),
+            "loss": 5 * p["predicted_kl"]["text"],
+            "predicted_loss": 4 * p["predicted_kl"]["text"],
+            "stage": "search",
+            "trial": number,
+        }
+        for number, p in enumerate(picked)
+    ]
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_stages(path: Path) -> None:
+    """Errors of every pair, and what pruning and clustering make of them."""
+    pairs = [(key, value) for key in BITS for value in BITS]
+    rows = [
+        {"layer": layer, "label": f"K{key}V{value}", "e_k": 0.1, "e_v": 0.1, "e_a": 0.1}
+        | {"e_o": (1 + layer % 3) * (4.0**-key + 2.0**-value)}
+        for layer in range(NUM_LAYERS)
+        for key, value in pairs
+    ]
+    write_lines(path / "errors.jsonl", rows)
+    kept = ["K16V16", "K8V8", "K4V8", "K4V4", "K2V4", "K2V2"]
+    pruned = {
+        "sensitivity": "e_o",
+        "candidates": {str(layer): kept for layer in range(NUM_LAYERS)},
+        "groups": [[layer for layer in range(NUM_LAYERS) if layer % 3 == i] for i in range(3)],
+    }
+    (path / "pruned.json").write_text(json.dumps(pruned))
+
+
+def memory() -> list[dict]:
+    lengths = [256 * 2**power for power in range(10)]
+    return [
+        {
+            "context": tokens,
+            "bytes": 1700 * tokens + 400_000,
+            "bytes_16bit": 6144 * tokens,
+            "effective_bits": 16 * (1700 * tokens + 400_000) / (6144 * tokens),
+        }
+        for tokens in lengths
+    ]
+
+
+def write_run(
+    path: Path, seed: int = 0, *, weights: str = "cd" * 32, data: str = "ab", extra: tuple = ()
+) -> Path:
+    """Write study, sensitivities, records, front and plan.
+
+    ``weights`` and ``data`` are what runs of one model and one held-out set share; ``extra`` are
+    points beside the made-up ones.
+    """
     rng = random.Random(seed)
     path.mkdir(parents=True, exist_ok=True)
     study = {
@@ -124,6 +233,13 @@ def write_run(path: Path, seed: int = 0) -> Path:
         "model_id": "models/made-up",
         "settings": {"bits": 4.5, "strategy": "exact", "mode": "per_token", "seed": seed},
         "versions": {"kvbits": "0.1.0", "torch": "2.13.0"},
+        "command": f"kvbits tune models/made-up --bits 4.5 --seed {seed}",
+        "created": "2026-01-01T00:00:00+00:00",
+        "data": {
+            "calibration": dict.fromkeys(DOMAINS, "ef" * 32),
+            "heldout": dict.fromkeys(DOMAINS, data * 32),
+        },
+        "model": {"architecture": "Qwen2ForCausalLM", "weights": weights, "dtype": "float32"},
         "geometry": {"architecture": "Qwen2ForCausalLM", "layers": [{"head_dim": 64}]},
     }
     (path / "study.json").write_text(json.dumps(study))
@@ -143,29 +259,21 @@ def write_run(path: Path, seed: int = 0) -> Path:
         for side in ("key", "value")
         for bits in BITS
     ]
-    (path / "sensitivity.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    points = all_points(rng)
+    write_lines(path / "sensitivity.jsonl", rows)
+    points = [*all_points(rng), *extra]
     searched = [p for p in points if p["origin"] == "exact" and p["effective_bits"] <= 4.5]
-    max(searched, key=lambda p: p["effective_bits"])["chosen"] = True
+    chosen = max(searched, key=lambda p: p["effective_bits"])
+    chosen["chosen"] = True
+    write_lines(path / "search.jsonl", trials(points, chosen, rng))
+    write_stages(path)
     front = {"schema_version": 2, "context": CONTEXT, "mode": "per_token", "budget_bits": 4.5}
-    front |= {"points": points, "comparisons": comparisons(points)}
+    front |= {"points": points, "comparisons": comparisons(points), "memory": memory()}
+    front |= {"normalised_by": dict.fromkeys(DOMAINS, 0.05), "budget_counted_at": None}
+    front["bought"] = {"context": CONTEXT, "batch": 1, "bytes": 7_363_200, "memory": 25_165_824}
+    front["bought"] |= {"bytes_16bit": 25_165_824, "tokens": 14_568, "tokens_16bit": CONTEXT}
     (path / "front.json").write_text(json.dumps(front))
-    records = [
-        {
-            "data": f"{domain} heldout",
-            "kind": "divergence",
-            "split": "heldout",
-            "checksum": "ab" * 32,
-            "seed": 0,
-            "n": 32,
-            "value": 0.1,
-            "standard_error": 0.01,
-            "seconds": 4.2,
-        }
-        for domain in DOMAINS
-        for _ in points
-    ]
-    (path / "verify.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    records = [verify_record(p, d, data) for d in DOMAINS for p in points if p["measured_kl"]]
+    write_lines(path / "verify.jsonl", records)
     (path / "plan.json").write_text(json.dumps({"model_id": "models/made-up"}))
     return path
 

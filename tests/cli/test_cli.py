@@ -55,7 +55,7 @@ def test_version_is_printed():
 
 
 def test_every_command_has_help():
-    for name in ("inspect", "tune", "generate", "evaluate", "report"):
+    for name in ("inspect", "tune", "generate", "evaluate", "report", "compare"):
         result = run(name, "--help")
         assert result.exit_code == 0
         assert name in result.output
@@ -361,7 +361,7 @@ def test_tune_prints_tables_files_and_the_next_command(tiny_model_dir, tmp_path,
 
     asked = []
 
-    def pretend(model, tokenizer, settings, run_dir, progress):
+    def pretend(model, tokenizer, settings, run_dir, progress, **_):
         asked.append(settings)
         progress.start("pretending", 1)
         progress.advance()
@@ -392,7 +392,7 @@ def test_tune_without_options_uses_the_settings_own_defaults(
 
     asked = []
     monkeypatch.setattr(
-        study, "tune", lambda model, tokenizer, settings, *_: asked.append(settings)
+        study, "tune", lambda model, tokenizer, settings, *_, **__: asked.append(settings)
     )
     run("tune", tiny_model_dir, "-o", tmp_path)
     assert asked == [TuneSettings()]
@@ -404,7 +404,7 @@ def test_tune_takes_budgets_in_bytes_and_published_searches(tiny_model_dir, tmp_
 
     asked = []
     monkeypatch.setattr(
-        study, "tune", lambda model, tokenizer, settings, *_: asked.append(settings)
+        study, "tune", lambda model, tokenizer, settings, *_, **__: asked.append(settings)
     )
     run("tune", tiny_model_dir, "--recipe", "kvtuner", "--mode", "kivi", "-o", tmp_path)
     arguments = ("--memory", "24GB", "--context", 131072, "--batch", 4, "--strategy", "exact+")

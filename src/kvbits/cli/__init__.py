@@ -14,6 +14,7 @@ import typer
 
 from kvbits._version import __version__
 from kvbits.cli import bench
+from kvbits.cli.compare import compare
 from kvbits.cli.evaluate import evaluate
 from kvbits.cli.export import export
 from kvbits.cli.failures import OneLineGroup
@@ -56,6 +57,7 @@ def _root(
 
 for command in (inspect, methods, calibrate, tune, generate, evaluate, replay, report, export):
     app.command()(command)
+app.command()(compare)
 app.command("eval")(eval_)
 app.command()(compare_evals)
 app.command()(grid)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -22,6 +24,17 @@ def table(*columns: str) -> Table:
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         made.add_column(name, justify="left" if index == 0 else "right")
+    return made
+
+
+def as_rich(shown: Any) -> Table:
+    """Return a table of a report as one for the console; chosen rows are bold and starred."""
+    made = table(*shown.header)
+    mark = bool(shown.highlighted)
+    for index, (name, *cells) in enumerate(shown.rows):
+        is_chosen = index in shown.highlighted
+        name = f"{'*' if is_chosen else ' '} {name}" if mark else name
+        made.add_row(name, *cells, style="bold" if is_chosen else "")
     return made
 
 
@@ -71,3 +84,9 @@ class StageBars:
         """The current stage is done."""
         task = next(task for task in self._bars.tasks if task.id == self._task)
         self._bars.update(self._task, completed=task.total)
+
+
+def command_line() -> str | None:
+    """Return the command as it was typed, quoted for a shell; None where it was not ``kvbits``."""
+    name = Path(sys.argv[0]).stem
+    return shlex.join([name, *sys.argv[1:]]) if name == "kvbits" else None

@@ -192,6 +192,14 @@ def tune(
     storage: Storage = None,
     study: Study = None,
     parallel: Parallel = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN|PLAN|RECIPE",
+            help="Also verify the plan of this run, this plan file, or what a published recipe "
+            "finds for the same budget; repeatable, also for a finished run.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default under runs/.")
     ] = None,
@@ -231,7 +239,7 @@ def tune(
     sharing = Sharing.of(workers, storage, study)
     run_dir = output or Path("runs") / _default_name(model, given, recipe)
     try:
-        _tune(model, run_dir, device, dtype.value, given, recipe, sharing)
+        _tune(model, run_dir, device, dtype.value, given, recipe, sharing, rival or [])
     except KeyboardInterrupt:
         fail(
             f"stopped; results so far are in {run_dir}, and the same command continues from there",
@@ -293,21 +301,39 @@ def _tune(
     given: dict[str, Any],
     recipe: Recipe | None,
     sharing: Sharing,
+    rivals: list[str],
 ) -> None:
     from kvbits.cli.models import load_model
-    from kvbits.cli.output import StageBars
+    from kvbits.cli.output import StageBars, command_line
     from kvbits.report.page import write_page
     from kvbits.tuning import study
+    from kvbits.tuning.given import load_rival
+    from kvbits.tuning.published import recipe_rival, recipe_settings
     from kvbits.tuning.settings import RECIPES, TuneSettings
 
     settings = TuneSettings(**given, **_of_recipe(given, recipe, RECIPES))
     settings = with_parallel(settings, run_dir, settings.population if sharing.is_shared else 1)
+    published = [rival for rival in rivals if rival in RECIPES and not Path(rival).exists()]
+    others = [load_rival(path) for path in rivals if path not in published]
+    for rival in published:
+        recipe_settings(settings, rival)  # refuse what cannot be searched for before any work
     if sharing.is_shared:
+        if rivals:
+            raise ValueError(
+                "--rival must be given without --workers and --storage, got both; add it to the "
+                "finished run"
+            )
         tune_shared(name, run_dir, device, dtype, settings, sharing)
     else:
         loaded = load_model(name, device, dtype)
+        model, tokenizer = loaded.model, loaded.tokenizer
         with StageBars() as progress:
-            study.tune(loaded.model, loaded.tokenizer, settings, run_dir, progress)
+            for rival in published:
+                others.append(recipe_rival(model, tokenizer, settings, rival, run_dir, progress))
+            command = command_line()
+            study.tune(
+                model, tokenizer, settings, run_dir, progress, given=others, command=command
+            )
     write_page(run_dir, model=name)
 
 
@@ -331,28 +357,19 @@ def _of_recipe(
 
 def _print_result(model: str, run_dir: Path) -> None:
     """Print the tables of the page, and how to go on."""
-    from kvbits.cli.output import console
-    from kvbits.report import tables
+    from kvbits.cli.output import as_rich, console
+    from kvbits.report import tables, verdict
     from kvbits.report.collect import collect
 
     run = collect(run_dir)
     for shown in (tables.verified(run), tables.task_results(run)):
         if shown.rows:
-            console().print(_as_rich(shown))
+            console().print(as_rich(shown))
     plan = run_dir / "plan.json"
     bought = [f"{name:<7} {value}" for name, value in tables.bought(run)]
     lines = ["* the plan chosen on calibration data; every number above is held-out data", ""]
+    lines += [*verdict.sentences(run), ""]
     lines += [*bought, f"plan    {plan}", f"page    {run_dir / 'report.html'}"]
     prompt = '--prompt "The history of the"'
     lines.append(f"use it  kvbits generate {model} --plan {plan} {prompt}")
     typer.echo("\n".join(lines))
-
-
-def _as_rich(shown: Any) -> Any:
-    from kvbits.cli.output import table
-
-    made = table(*shown.header)
-    for index, (name, *cells) in enumerate(shown.rows):
-        is_chosen = index in shown.highlighted
-        made.add_row(f"* {name}" if is_chosen else f"  {name}", *cells, style="bold" * is_chosen)
-    return made

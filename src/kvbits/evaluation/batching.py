@@ -46,6 +46,11 @@ class DocumentBatch(NamedTuple):
         """Index in the set of each counted prediction's document, ``[num_counted]``."""
         return self.rows[self.counted.nonzero()[:, 0]]
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """Tokens in front of each counted prediction, ``[num_counted]``."""
+        return self.counted.nonzero()[:, 1] + 1
+
 
 def batches(
     token_set: TokenSet, num_logits: int, max_tokens: int = MAX_BATCH_TOKENS

@@ -21,6 +21,7 @@ from kvbits.evaluation.batching import (
     counted_logits,
     vocab_size,
 )
+from kvbits.evaluation.positions import PositionBin, PositionSums
 from kvbits.evaluation.reference import (
     Progress,
     Reference,
@@ -59,6 +60,10 @@ class Divergence(NamedTuple):
         cache_bytes: bytes of the caches of one batch, at most.
         document_kl_nats: mean KL of each document.
         document_tokens: counted predictions of each document.
+        excess_nll: mean negative log-likelihood of the true tokens under the plan minus that at
+            full precision, nats per token; the logarithm of the ratio of the perplexities.
+        excess_nll_se: its standard error, paired and clustered by document.
+        positions: forward KL by the number of tokens in front of a prediction.
     """
 
     kl_nats: float
@@ -73,6 +78,9 @@ class Divergence(NamedTuple):
     cache_bytes: int = 0
     document_kl_nats: tuple[float, ...] = ()
     document_tokens: tuple[int, ...] = ()
+    excess_nll: float = 0.0
+    excess_nll_se: float = math.nan
+    positions: tuple[PositionBin, ...] = ()
 
 
 def measure(
@@ -107,6 +115,7 @@ def measure(
     check_counted(token_set)
     started = time.perf_counter()
     sums = torch.zeros(token_set.num_documents, len(_Sums._fields), dtype=torch.float64)
+    positions = PositionSums(*token_set.input_ids.shape)
     most_bytes = 0
     for index, batch in enumerate(batches(token_set, vocab_size(model))):
         inputs = None if reference is None else reference.layer_inputs[index]
@@ -117,8 +126,9 @@ def measure(
         )
         old = _log_probs(model, batch, None if reference is None else reference.log_probs[index])
         for (cells, targets, logits), log_probs in zip(new, old, strict=True):
-            values = _compare(log_probs, targets, logits)
-            sums.index_add_(0, batch.documents[cells], values)
+            values, documents = _compare(log_probs, targets, logits), batch.documents[cells]
+            sums.index_add_(0, documents, values)
+            positions.add(documents, batch.positions[cells], _Sums(*values.unbind(1)).kl)
         held = cache_nbytes(cache)
         if plan is not None:
             held += skipped_nbytes(model, plan, start, batch.input_ids.numel())
@@ -126,7 +136,7 @@ def measure(
         if progress is not None:
             progress(len(batch.rows))
     check_finite(sums, "the model under the plan")
-    return _summary(sums, time.perf_counter() - started, most_bytes)
+    return _summary(sums, positions, time.perf_counter() - started, most_bytes)
 
 
 def _log_probs(
@@ -190,9 +200,13 @@ def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return torch.where(difference < 1, near, far).sum(-1, dtype=torch.float64)
 
 
-def _summary(sums: torch.Tensor, seconds: float, most_bytes: int) -> Divergence:
+def _summary(
+    sums: torch.Tensor, positions: PositionSums, seconds: float, most_bytes: int
+) -> Divergence:
     column = _Sums(*sums[sums[:, -1] > 0].unbind(1))
     kl, kl_se = clustered_mean(column.kl.tolist(), column.count.tolist())
+    excess = (column.nll - column.nll_reference).tolist()
+    excess_nll, excess_nll_se = clustered_mean(excess, column.count.tolist())
     total = float(column.count.sum())
     return Divergence(
         kl_nats=kl,
@@ -207,6 +221,9 @@ def _summary(sums: torch.Tensor, seconds: float, most_bytes: int) -> Divergence:
         cache_bytes=most_bytes,
         document_kl_nats=tuple((column.kl / column.count).tolist()),
         document_tokens=tuple(int(n) for n in column.count.tolist()),
+        excess_nll=excess_nll,
+        excess_nll_se=excess_nll_se,
+        positions=positions.bins(),
     )
 
 

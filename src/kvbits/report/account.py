@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvbits.report import numbers
@@ -38,6 +38,63 @@ def measured_on(run: Run) -> Table:
 
 
 _DATA_FIELDS = ("data", "domain", "kind", "split", "checksum", "seed", "n", "num_tokens")
+
+
+def command(run: Run) -> str:
+    """Return the command that made the run, as it was typed; empty where Python made it."""
+    return str(run.study.get("command") or "")
+
+
+def checksums(run: Run) -> Table:
+    """What pins the run down: versions, model, weights and the plan file."""
+    model = run.study.get("model", {})
+    known = (
+        ("model", model_name(run)),
+        ("architecture", model.get("architecture")),
+        ("weights", model.get("weights")),
+        ("dtype", model.get("dtype")),
+        ("plan.json", run.plan_checksum),
+        ("begun", run.study.get("created")),
+        ("kvbits", run.study.get("versions", {}).get("kvbits")),
+    )
+    return Table((), tuple((name, str(value)) for name, value in known if value))
+
+
+def differing_settings(runs: Sequence[tuple[str, Run]]) -> Table:
+    """Settings, data and versions in which runs differ, a column per run."""
+    flat = [
+        dict(_flatten({k: v for k, v in run.study.items() if k != "command"})) for _, run in runs
+    ]
+    names = dict.fromkeys(name for each in flat for name in each)
+    rows = tuple(
+        (name, *(each.get(name, "") for each in flat))
+        for name in names
+        if len({each.get(name, "") for each in flat}) > 1
+    )
+    return Table(("setting", *(name for name, _ in runs)), rows)
+
+
+def splits(run: Run) -> Table:
+    """The checksum of every domain's calibration and held-out set."""
+    data = run.study.get("data", {})
+    calibration, heldout = data.get("calibration", {}), data.get("heldout", {})
+    rows = tuple(
+        (domain, _text(checksum), _text(heldout.get(domain)))
+        for domain, checksum in calibration.items()
+    )
+    return Table(("domain", "calibration set", "held-out set"), rows)
+
+
+def separation(run: Run) -> str:
+    """Say whether any set was used both to search and to verify."""
+    data = run.study.get("data", {})
+    shared = set(data.get("calibration", {}).values()) & set(data.get("heldout", {}).values())
+    if shared:
+        return (
+            "Calibration and held-out data share a set: what is called held out was seen by the "
+            "search."
+        )
+    return "Token sets by checksum. No set that the search saw was used to verify."
 
 
 def settings(run: Run) -> Table:

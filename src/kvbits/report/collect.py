@@ -7,19 +7,31 @@ looks like a result.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from kvbits.errors import RecordError
+from kvbits.report import stages
+from kvbits.report.stages import (
+    Measurement,
+    Memory,
+    PairError,
+    Pruned,
+    Sensitivity,
+    Trial,
+    Verified,
+)
 
 SCHEMA_VERSION = 2
 SEARCHED_ORIGINS = (
     *("exact", "exact+", "moead", "nsga2", "tpe"),
     *("best uniform", "best ladder", "best random"),
 )
+GIVEN_ORIGIN = "given"
+ROUNDING = 1e-4  # records have six significant digits
 Row = TypeVar("Row")
 
 
@@ -36,13 +48,6 @@ PROFILES = {
     "e_o": Profile("errors.jsonl", False),
     "accuracy": Profile("accuracy.jsonl", False),
 }
-
-
-class Measurement(NamedTuple):
-    """A mean and its standard error; nan where one document cannot give one."""
-
-    value: float
-    standard_error: float
 
 
 class TaskResult(NamedTuple):
@@ -62,9 +67,11 @@ class Point(NamedTuple):
     name: str
     origin: str
     labels: tuple[str, ...]
+    summary: str
     pairs: tuple[tuple[float, float], ...]
     effective_bits: float
     effective_bits_at_context: float | None
+    loss: float | None
     predicted_kl: Mapping[str, float]
     measured_kl: Mapping[str, Measurement]
     tasks: Mapping[str, TaskResult]
@@ -77,7 +84,7 @@ class Point(NamedTuple):
 
 
 class PairedComparison(NamedTuple):
-    """KL of the chosen plan minus a baseline's over the same documents, with a 95 % interval."""
+    """KL of the chosen plan minus another's over the same documents, with a 95 % interval."""
 
     baseline: str
     origin: str
@@ -86,18 +93,6 @@ class PairedComparison(NamedTuple):
     difference: float | None
     low: float | None
     high: float | None
-
-
-class Sensitivity(NamedTuple):
-    """Forward KL with one side of one layer in one codec, everything else exact."""
-
-    layer: int
-    side: str
-    bits: float
-    label: str
-    domain: str
-    kl_nats: float
-    kl_standard_error: float | None
 
 
 class Run(NamedTuple):
@@ -109,18 +104,37 @@ class Run(NamedTuple):
     mode: str
     context: int | None
     budget_bits: float | None
+    budget_counted_at: int | None
     bought: Mapping[str, int]
     drop: Mapping[str, Any]
+    normalised_by: Mapping[str, float]
+    memory: tuple[Memory, ...]
     points: tuple[Point, ...]
     comparisons: tuple[PairedComparison, ...]
     sensitivity: tuple[Sensitivity, ...]
+    errors: tuple[PairError, ...]
+    pruned: Pruned | None
+    trials: tuple[Trial, ...]
     records: tuple[Mapping[str, Any], ...]
+    verified: Mapping[tuple[tuple[str, ...], str], Verified]
+    plan_checksum: str | None
     missing: tuple[str, ...]
 
     @property
     def chosen(self) -> Point | None:
         """The point whose plan was written, if the search got that far."""
         return next((point for point in self.points if point.is_chosen), None)
+
+    @property
+    def long_context_budget(self) -> float | None:
+        """The budget where it is in the points' ``effective_bits``, not those of a context."""
+        return None if self.budget_counted_at else self.budget_bits
+
+    def fits(self, point: Point) -> bool:
+        """Whether a plan is within the budget, in the accounting of the budget."""
+        at_context = self.budget_counted_at and point.effective_bits_at_context is not None
+        bits = point.effective_bits_at_context if at_context else point.effective_bits
+        return self.budget_bits is not None and (bits or 0.0) <= self.budget_bits + ROUNDING
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -163,6 +177,7 @@ def collect(run_dir: Path | str) -> Run:
     study = _read_json(path / "study.json")
     profile = PROFILES[study.get("settings", {}).get("sensitivity", "kl")]
     names = (profile.file, "verify.jsonl", "front.json", "plan.json")
+    verified = (row for row in _read_lines(path / "verify.jsonl", stages.parse_verified) if row)
     return Run(
         path=path,
         study=study,
@@ -170,14 +185,22 @@ def collect(run_dir: Path | str) -> Run:
         mode=str(front.get("mode") or ", ".join(front.get("candidates", ()))),
         context=front.get("context"),
         budget_bits=front.get("budget_bits"),
+        budget_counted_at=front.get("budget_counted_at"),
         bought=front.get("bought") or {},
         drop=front.get("drop") or {},
+        normalised_by=front.get("normalised_by") or {},
+        memory=_parse_items(front, "memory", stages.parse_memory, path / "front.json"),
         points=_parse_points(front, path / "front.json"),
         comparisons=_parse_items(front, "comparisons", _parse_comparison, path / "front.json"),
-        sensitivity=_of_layers(_read_lines(path / profile.file, _parse_sensitivity))
+        sensitivity=stages.of_layers(_read_lines(path / profile.file, stages.parse_sensitivity))
         if profile.is_in_nats
         else (),
+        errors=_read_lines(path / "errors.jsonl", stages.parse_error),
+        pruned=_read_pruned(path / "pruned.json"),
+        trials=_read_lines(path / "search.jsonl", stages.parse_trial),
         records=_read_lines(path / "verify.jsonl", dict),
+        verified={(row.labels, row.domain): row for row in verified},
+        plan_checksum=_checksum(path / "plan.json"),
         missing=tuple(name for name in names if not (path / name).exists()),
     )
 
@@ -213,6 +236,17 @@ def _read_lines(path: Path, parse: Callable[[Any], Row]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _read_pruned(path: Path) -> Pruned | None:
+    try:
+        return stages.parse_pruned(_read_json(path))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecordError(f"{path} must be complete, got {_reason(error)}; {_REMEDY}") from error
+
+
+def _checksum(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
 def _reason(error: Exception) -> str:
     return f"no field {error}" if isinstance(error, KeyError) else str(error)
 
@@ -243,39 +277,19 @@ def _parse_point(item: Mapping[str, Any]) -> Point:
         name=str(item["name"]),
         origin=str(item["origin"]),
         labels=tuple(str(label) for label in item["labels"]),
-        pairs=tuple((_width(key), _width(value)) for key, value in item["pairs"]),
+        summary=str(item.get("summary", "")),
+        pairs=tuple((stages.width(key), stages.width(value)) for key, value in item["pairs"]),
         effective_bits=float(item["effective_bits"]),
         effective_bits_at_context=None if at_context is None else float(at_context),
+        loss=None if item.get("loss") is None else float(item["loss"]),
         predicted_kl={k: float(v) for k, v in (item.get("predicted_kl") or {}).items()},
         measured_kl={
-            domain: Measurement(float(m["value"]), math.nan if m["se"] is None else float(m["se"]))
+            domain: stages.measurement(m["value"], m["se"])
             for domain, m in (item.get("measured_kl") or {}).items()
         },
         tasks={name: _parse_task(task) for name, task in (item.get("tasks") or {}).items()},
         is_chosen=bool(item.get("chosen", False)),
     )
-
-
-def _of_layers(rows: tuple[Sensitivity, ...]) -> tuple[Sensitivity, ...]:
-    """Sum what heads of one layer cost: isolated KLs add up, and so do their squared errors."""
-    found: dict[tuple[str, int, str], Sensitivity] = {}
-    for row in rows:
-        key = (row.domain, row.layer, row.label)
-        before = found.get(key)
-        if before is None:
-            found[key] = row
-            continue
-        errors = (before.kl_standard_error, row.kl_standard_error)
-        found[key] = row._replace(
-            kl_nats=before.kl_nats + row.kl_nats,
-            kl_standard_error=None if None in errors else math.hypot(*filter(None, errors)),
-        )
-    return tuple(found.values())
-
-
-def _width(value: Any) -> float:
-    """A width as it is written: 4, but 1.5."""
-    return int(value) if float(value).is_integer() else float(value)
 
 
 def _parse_task(item: Mapping[str, Any]) -> TaskResult:
@@ -298,17 +312,4 @@ def _parse_comparison(item: Mapping[str, Any]) -> PairedComparison:
         difference=item["difference"],
         low=item["low"],
         high=item["high"],
-    )
-
-
-def _parse_sensitivity(item: Mapping[str, Any]) -> Sensitivity:
-    error = item.get("kl_se")
-    return Sensitivity(
-        layer=int(str(item["layer"]).partition(".")[0]),  # 3.1 is head 1 of layer 3
-        side=str(item["side"]),
-        bits=_width(item["bits"]),
-        label=str(item["label"]),
-        domain=str(item["domain"]),
-        kl_nats=float(item["kl_nats"]),
-        kl_standard_error=None if error is None else float(error),
     )

@@ -1,68 +1,113 @@
-"""The three figures of the page, as plotly figures.
+"""The front, the bits of a plan, its memory: figures of plans.
 
 Values arrive ready from ``collect`` and ``compare``; here they get a place and a colour.
 """
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from kvbits.report import numbers
-from kvbits.report.collect import SEARCHED_ORIGINS, Point, Run
-from kvbits.report.compare import Grid, log10_or_none, sensitivity_grids
+from kvbits.report.collect import GIVEN_ORIGIN, SEARCHED_ORIGINS, Point, Run
+from kvbits.report.html import Key
+from kvbits.report.theme import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    VIOLET,
+    finish,
+    log_axis,
+)
 
-# Okabe and Ito's colours, told apart by readers with any colour vision.
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, GREY, INK, RULE = "#CC79A7", "#8a8f98", "#1f2430", "#e3e6eb"
-STYLE = {
-    "exact": ("searched, exact", BLUE, "circle"),
-    "exact+": ("searched, exact+", BLUE, "diamond"),
-    "moead": ("searched, MOEA/D", PURPLE, "hexagon"),
-    "nsga2": ("searched, NSGA-II", PURPLE, "pentagon"),
-    "tpe": ("searched, TPE", PURPLE, "star"),
-    "best uniform": ("best uniform", BLUE, "circle"),
-    "best ladder": ("best ladder", BLUE, "circle"),
-    "best random": ("best random", BLUE, "circle"),
-    "uniform": ("uniform", ORANGE, "square"),
-    "ladder": ("ladder", GREEN, "triangle-up"),
-    "random": ("random", GREY, "x-thin"),
+FRONT_HEIGHT, BITS_HEIGHT, MEMORY_HEIGHT = 340, 270, 330
+LAYER_WIDTH = 26  # pixels that two bars with their numbers need
+
+
+class Style(NamedTuple):
+    """How plans of one origin are drawn; ``glyph`` is the marker in a legend."""
+
+    text: str
+    colour: str
+    symbol: str
+    glyph: str
+
+
+STYLES = {
+    "exact": Style("searched, exact", BLUE, "circle", "●"),
+    "exact+": Style("searched, exact+", BLUE, "diamond", "◆"),
+    "moead": Style("searched, MOEA/D", PURPLE, "hexagon", "⬢"),
+    "nsga2": Style("searched, NSGA-II", PURPLE, "pentagon", "⬟"),
+    "tpe": Style("searched, TPE", PURPLE, "star", "★"),
+    "best uniform": Style("best uniform", BLUE, "circle", "●"),
+    "best ladder": Style("best ladder", BLUE, "circle", "●"),
+    "best random": Style("best random", BLUE, "circle", "●"),
+    "uniform": Style("uniform", ORANGE, "square", "■"),
+    "ladder": Style("ladder", GREEN, "triangle-up", "▲"),
+    "random": Style("random", GREY, "x-thin", "✕"),
+    GIVEN_ORIGIN: Style("given rival", VIOLET, "star-diamond", "✦"),
 }
+CHOSEN = Style("chosen plan", VERMILION, "circle-open", "◯")
 MODES = dict.fromkeys(SEARCHED_ORIGINS, "lines+markers") | {"uniform": "markers+text"}
-# Plotly sizes a page by height; widths follow the browser.
-FRONT_HEIGHT, BITS_HEIGHT, ROW_HEIGHT, HEAT_MARGIN = 470, 300, 24, 120
-MIN_HEAT_HEIGHT = 280  # the colour bar needs room for its labels
 
 
-def front_figure(run: Run) -> Any:
-    """Draw KL against effective bits, one panel per domain, with the baselines."""
-    domains = run.domains
-    figure = make_subplots(
-        rows=1, cols=len(domains), subplot_titles=domains, horizontal_spacing=0.07
-    )
-    for column, domain in enumerate(domains, start=1):
-        for origin in STYLE:
-            points = [point for point in run.points if point.origin == origin]
-            _add_measured(figure, points, domain, column)
-            _add_predicted(figure, points, domain, column)
-        _add_chosen(figure, run, domain, column)
+def front_figures(run: Run) -> list[tuple[str, Any]]:
+    """Draw KL against effective bits for every domain, with the baselines."""
+    return [(domain, _front_figure(run, domain)) for domain in run.domains]
+
+
+def front_keys(run: Run) -> list[Key]:
+    """What the markers of ``front_figures`` mean."""
+    drawn = {point.origin for point in run.points if point.measured_kl}
+    keys = [Key(s.glyph, s.colour, s.text) for origin, s in STYLES.items() if origin in drawn]
+    expected = next((p for p in run.points if p.is_searched and p.predicted_kl), None)
+    if expected is not None:
+        colour = STYLES[expected.origin].colour
+        keys.append(Key("┄", colour, "expected from calibration data"))
+    if run.chosen is not None:
+        keys.append(Key(CHOSEN.glyph, CHOSEN.colour, CHOSEN.text))
+    if run.long_context_budget is not None:
+        keys.append(Key("╎", GREY, "budget"))
+    return keys
+
+
+def _front_figure(run: Run, domain: str) -> Any:
+    figure = go.Figure()
+    for origin in STYLES:
+        points = [point for point in run.points if point.origin == origin]
+        add_predicted(figure, points, domain, STYLES[origin])
+        add_measured(figure, run, points, domain, STYLES[origin])
+    if run.long_context_budget is not None:
+        figure.add_vline(
+            x=run.long_context_budget, line={"color": GREY, "width": 1, "dash": "dash"}
+        )
+    if run.chosen is not None:
+        add_ring(figure, run, run.chosen, domain, CHOSEN.colour)
+    return finish_front(figure)
+
+
+def finish_front(figure: Any) -> Any:
+    """Give a figure the axes of a front."""
+    finish(figure, FRONT_HEIGHT)
     figure.update_xaxes(title_text="effective bits per value", dtick=1)
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1, minor_showgrid=False)
-    figure.update_yaxes(title_text="forward KL, nats per token", col=1)
-    finish(figure, FRONT_HEIGHT, top=100)
-    figure.update_layout(legend={"orientation": "h", "y": 1.14, "yanchor": "bottom", "x": 0})
+    figure.update_yaxes(**log_axis("forward KL, nats per token"))
     return figure
 
 
-def _add_measured(figure: Any, points: Sequence[Point], domain: str, column: int) -> None:
+def add_measured(
+    figure: Any, run: Run, points: Sequence[Point], domain: str, style: Style
+) -> None:
+    """Draw the measured ones of a run's points with their standard errors."""
     points = [p for p in points if domain in p.measured_kl and p.measured_kl[domain].value > 0]
     if not points:
         return
-    label, colour, symbol = STYLE[points[0].origin]
-    width = 1.5 if symbol == "x-thin" else 0.5
     trace = go.Scatter(
         x=[point.effective_bits for point in points],
         y=[point.measured_kl[domain].value for point in points],
@@ -73,131 +118,92 @@ def _add_measured(figure: Any, points: Sequence[Point], domain: str, column: int
         },
         mode=MODES.get(points[0].origin, "markers"),
         textposition="top right",
-        textfont={"size": 10, "color": GREY},
+        textfont={"size": 10},
         cliponaxis=False,
-        line={"color": colour, "width": 1.5},
+        line={"color": style.colour, "width": 1.5},
         marker={
-            "color": colour,
-            "symbol": symbol,
-            "size": 7,
-            "line": {"width": width, "color": colour},
+            "color": style.colour,
+            "symbol": style.symbol,
+            "size": 8,
+            "line": {"width": 1.5 if style.symbol == "x-thin" else 0.5, "color": style.colour},
         },
-        text=[_short_name(point) for point in points],
-        customdata=[point.name for point in points],
-        hovertemplate="%{customdata}<br>%{x:.2f} bits, %{y:.3g} nats<extra></extra>",
-        name=label,
-        legendgroup=label,
-        showlegend=column == 1,
+        text=[point.labels[0] if point.labels else "" for point in points],
+        customdata=[hover(run, point, domain) for point in points],
+        hovertemplate="%{customdata}<extra></extra>",
+        name=style.text,
     )
-    figure.add_trace(trace, row=1, col=column)
+    figure.add_trace(trace)
 
 
-def _short_name(point: Point) -> str:
-    """K4V2 for a uniform plan: the rest of its name stands in the legend."""
-    return point.labels[0] if point.labels else ""
+def hover(run: Run, point: Point, domain: str) -> str:
+    """Everything recorded about a point, a line each."""
+    measured = point.measured_kl[domain]
+    at_context = ""
+    if point.effective_bits_at_context is not None and run.context:
+        at_context = (
+            f", {numbers.bits(point.effective_bits_at_context)} at "
+            f"{numbers.count(run.context)} tokens"
+        )
+    lines = [
+        f"<b>{point.name}</b>{', chosen' if point.is_chosen else ''}",
+        f"{numbers.bits(point.effective_bits)} effective bits{at_context}",
+        f"KL {domain} {numbers.with_error(*measured)} nats",
+    ]
+    lines += [
+        f"{name} {numbers.percent(task.accuracy)} of {numbers.count(task.n)}"
+        for name, task in point.tasks.items()
+    ]
+    return "<br>".join([*lines, *textwrap.wrap(point.summary.rpartition("; ")[0], 46)])
 
 
-def _add_predicted(figure: Any, points: Sequence[Point], domain: str, column: int) -> None:
+def add_predicted(figure: Any, points: Sequence[Point], domain: str, style: Style) -> None:
     """Draw what the sum of isolated sensitivities said; rules were not predicted to be good."""
     points = [p for p in points if p.is_searched and p.predicted_kl.get(domain, 0) > 0]
     if not points:
         return
-    label, colour, _ = STYLE[points[0].origin]
     trace = go.Scatter(
         x=[point.effective_bits for point in points],
         y=[point.predicted_kl[domain] for point in points],
         mode="lines",
-        line={"color": colour, "width": 1.2, "dash": "dot"},
+        line={"color": style.colour, "width": 1.2, "dash": "dot"},
         text=[point.name for point in points],
         hovertemplate="%{text}, predicted<br>%{x:.2f} bits, %{y:.3g} nats<extra></extra>",
-        name=f"{label}, predicted",
-        legendgroup=f"{label}, predicted",
-        showlegend=column == 1,
+        name=f"{style.text}, predicted",
     )
-    figure.add_trace(trace, row=1, col=column)
+    figure.add_trace(trace)
 
 
-def _add_chosen(figure: Any, run: Run, domain: str, column: int) -> None:
-    if run.budget_bits is not None:
-        line = {"color": INK, "width": 1, "dash": "dash"}
-        figure.add_vline(x=run.budget_bits, line=line, row=1, col=column)
-    point = run.chosen
-    if point is None or domain not in point.measured_kl:
+def add_ring(figure: Any, run: Run, point: Point, domain: str, colour: str) -> None:
+    """Mark the chosen plan; the dot in its ring answers before the points it lies on."""
+    if domain not in point.measured_kl:
         return
     trace = go.Scatter(
-        x=[point.effective_bits],
-        y=[point.measured_kl[domain].value],
+        x=[point.effective_bits] * 2,
+        y=[point.measured_kl[domain].value] * 2,
         mode="markers",
         marker={
-            "symbol": "circle-open",
-            "size": 15,
-            "color": VERMILION,
-            "line": {"width": 2.5, "color": VERMILION},
+            "symbol": [CHOSEN.symbol, "circle"],
+            "size": [16, 5],
+            "opacity": 1,
+            "color": colour,
+            "line": {"width": [2.5, 0], "color": colour},
         },
-        hovertemplate=f"{point.name}, chosen<extra></extra>",
-        name="chosen plan",
-        legendgroup="chosen",
-        showlegend=column == 1,
+        customdata=[hover(run, point, domain)] * 2,
+        hovertemplate="%{customdata}<extra></extra>",
+        name=CHOSEN.text,
     )
-    figure.add_trace(trace, row=1, col=column)
+    figure.add_trace(trace)
 
 
-def sensitivity_figure(run: Run) -> Any:
-    """Draw the sensitivities as layer x (side, width) heat maps on one colour scale."""
-    grids = sensitivity_grids(run.sensitivity)
-    figure = make_subplots(
-        rows=1,
-        cols=len(grids),
-        subplot_titles=[grid.domain for grid in grids],
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-    )
-    logs = [[[log10_or_none(value) for value in row] for row in grid.rows] for grid in grids]
-    seen = [value for rows in logs for row in rows for value in row if value is not None]
-    low, high = (min(seen), max(seen)) if seen else (-1.0, 0.0)
-    for column, (grid, rows) in enumerate(zip(grids, logs, strict=True), start=1):
-        figure.add_trace(_heat_map(grid, rows, low, high), row=1, col=column)
-    figure.update_yaxes(autorange="reversed", dtick=1, showgrid=False)
-    figure.update_yaxes(title_text="layer", col=1)
-    figure.update_xaxes(showgrid=False, type="category")
-    num_layers = len(grids[0].layers) if grids else 0
-    finish(figure, max(MIN_HEAT_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * num_layers))
-    return figure
-
-
-def _heat_map(grid: Grid, logs: list[list[float | None]], low: float, high: float) -> Any:
-    return go.Heatmap(
-        x=list(grid.columns),
-        y=list(grid.layers),
-        z=logs,
-        zmin=low,
-        zmax=high,
-        colorscale="YlOrBr",
-        text=[["" if v is None else numbers.short(v) for v in row] for row in grid.rows],
-        customdata=[
-            ["" if v is None else numbers.significant(v) for v in row] for row in grid.rows
-        ],
-        texttemplate="%{text}",
-        textfont={"size": 10},
-        hovertemplate="layer %{y}, %{x}: %{customdata} nats<extra></extra>",
-        xgap=1,
-        ygap=1,
-        colorbar={
-            "title": {"text": "KL, nats", "side": "right"},
-            "tickprefix": "10<sup>",
-            "ticksuffix": "</sup>",
-            "dtick": 1 if high - low < 6 else 2,
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
-    )
+SIDES = (("keys", BLUE), ("values", ORANGE))
+SIDE_KEYS = [Key("■", colour, name) for name, colour in SIDES]
 
 
 def bits_figure(point: Point) -> Any:
     """Draw the key and value width of every layer of one plan."""
     layers = list(range(len(point.pairs)))
     figure = go.Figure()
-    for side, (name, colour) in enumerate((("keys", BLUE), ("values", ORANGE))):
+    for side, (name, colour) in enumerate(SIDES):
         widths = [pair[side] for pair in point.pairs]
         figure.add_trace(
             go.Bar(
@@ -213,22 +219,70 @@ def bits_figure(point: Point) -> Any:
                 hovertemplate=f"layer %{{x}}: {name} %{{y}} bits, %{{customdata}}<extra></extra>",
             )
         )
+    finish(figure, BITS_HEIGHT)
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.05)
     figure.update_xaxes(title_text="layer", dtick=1, showgrid=False)
     figure.update_yaxes(title_text="bits per code", tickvals=[2, 4, 8, 16], rangemode="tozero")
-    finish(figure, BITS_HEIGHT)
-    figure.update_layout(legend={"orientation": "h", "y": 1.05, "yanchor": "bottom", "x": 0})
     return figure
 
 
-def finish(figure: Any, height: int, top: int = 50) -> None:
-    """Give every figure the same plain look."""
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        margin={"l": 62, "r": 16, "t": top, "b": 50},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        hoverlabel={"bgcolor": "white"},
+def bits_width(num_layers: int) -> int:
+    """Pixels a figure with a pair of bars per layer needs."""
+    return 80 + LAYER_WIDTH * num_layers
+
+
+def memory_figure(run: Run) -> Any:
+    """Draw the bytes of the plan's cache against its length, beside those of 16 bits."""
+    rows = run.memory
+    context = [row.context for row in rows]
+    figure = go.Figure()
+    for name, colour, values in (
+        ("16 bits", GREY, [row.bytes_16bit for row in rows]),
+        ("chosen plan", VERMILION, [row.bytes for row in rows]),
+    ):
+        share = [row.bytes / row.bytes_16bit for row in rows]
+        text = [
+            f"{name}<br>{numbers.count(row.context)} tokens: {numbers.size(value)}"
+            f"<br>plan / 16 bits: {part:.3f}, {numbers.bits(row.effective_bits)} effective bits"
+            for row, value, part in zip(rows, values, share, strict=True)
+        ]
+        figure.add_trace(
+            go.Scatter(
+                x=context,
+                y=values,
+                mode="lines+markers",
+                line={"color": colour, "width": 2},
+                marker={"size": 6},
+                text=text,
+                hovertemplate="%{text}<extra></extra>",
+                name=name,
+            )
+        )
+    finish(figure, MEMORY_HEIGHT)
+    if (memory := run.study.get("settings", {}).get("memory")) is not None:
+        figure.add_hline(y=memory, line={"color": GREY, "width": 1, "dash": "dash"})
+    lengths = [value for value in context if math.log2(value).is_integer()]
+    figure.update_xaxes(
+        title_text="tokens a row",
+        type="log",
+        tickvals=lengths[::2],
+        ticktext=[_short(value) for value in lengths[::2]],
     )
-    figure.update_xaxes(gridcolor=RULE, zeroline=False, title_standoff=8)
-    figure.update_yaxes(gridcolor=RULE, zeroline=False, title_standoff=8)
+    powers = range(
+        math.floor(math.log10(min(row.bytes for row in rows))),
+        math.ceil(math.log10(max(row.bytes_16bit for row in rows))) + 1,
+    )
+    figure.update_yaxes(
+        title_text="bytes of the cache",
+        type="log",
+        tickvals=[10.0**power for power in powers],
+        ticktext=[numbers.size(10**power).replace(".0", "") for power in powers],
+    )
+    return figure
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
+
+
+MEMORY_KEYS = [Key("●", VERMILION, "chosen plan"), Key("●", GREY, "16 bits")]

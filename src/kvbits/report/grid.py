@@ -7,22 +7,18 @@ They are read from the ``NAME.results.json`` of ``kvbits score``, whose groups a
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from kvbits.errors import RecordError
-from kvbits.report import numbers
-from kvbits.report.figures import HEAT_MARGIN, MIN_HEAT_HEIGHT, ROW_HEIGHT, finish
-from kvbits.report.page import TEMPLATE, embed, section
-from kvbits.report.style import CSS
+from kvbits.report import html, numbers
+from kvbits.report.heatmaps import HEAT_MARGIN, MIN_HEIGHT, ROW_HEIGHT
 from kvbits.report.tables import Table, render_table
+from kvbits.report.theme import finish
 
 RESULTS = ".results.json"
 _CELL = re.compile(r"(\d+) tokens, depth (\d\.\d\d)")
@@ -145,36 +141,27 @@ def figure(grid: Grid) -> Any:
     )
     made.update_xaxes(title_text="tokens", type="category", showgrid=False)
     made.update_yaxes(title_text="depth", type="category", autorange="reversed", showgrid=False)
-    finish(made, max(MIN_HEAT_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * len(grid.depths)))
+    finish(made, max(MIN_HEIGHT, HEAT_MARGIN + ROW_HEIGHT * len(grid.depths)))
     return made
 
 
 def render(grids: Sequence[Grid]) -> str:
     """The page of some grids, complete in itself."""
     sections = [
-        section(
+        html.section(
             grid.title,
-            f"<p>{escape(_WORDS)}</p>" if index == 0 else "",
-            embed(figure(grid), f"grid-{index}"),
+            html.figure(figure(grid), f"grid-{index}", label=grid.title),
             render_table(table(grid), "compact"),
         )
         for index, grid in enumerate(grids)
     ]
-    return TEMPLATE.format(
-        title="Recall by length and depth",
-        css=CSS,
-        plotly=get_plotlyjs(),
-        sections="\n".join(sections),
-    )
+    return html.page("Recall by length and depth", html.paragraph(_WORDS), sections)
 
 
 def write_page(grids: Iterable[Grid], path: Path) -> Path:
     """Write the page of some grids; an earlier one is replaced once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(render(list(grids)), encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return html.write(render(list(grids)), path)
 
 
 def _read(path: Path) -> dict[str, Any]:

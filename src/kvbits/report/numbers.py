@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 SMALL = 1e-4  # below this, powers of ten read better than leading zeros
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def bits(value: float | None) -> str:
@@ -16,14 +17,19 @@ def significant(value: float, digits: int = 3) -> str:
     """Round to significant digits, with a power of ten for small values.
 
     >>> significant(0.012345), significant(0.0000123)
-    ('0.0123', '1.23e-5')
+    ('0.0123', '1.23×10⁻⁵')
     """
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     if abs(value) < SMALL:
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-        return f"{mantissa}e{int(exponent)}"
+        return f"{mantissa}{power_of_ten(int(exponent))}"
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def power_of_ten(exponent: int) -> str:
+    """Write ×10⁻⁵."""
+    return "×10" + str(exponent).translate(SUPERSCRIPTS)
 
 
 def short(value: float) -> str:
@@ -43,15 +49,19 @@ def short(value: float) -> str:
 def with_error(value: float, error: float) -> str:
     """Round value and standard error to the error's leading digit, two digits after a 1.
 
-    >>> with_error(0.012345, 0.00067), with_error(0.012345, 0.00013)
-    ('0.0123 ± 0.0007', '0.01235 ± 0.00013')
+    >>> with_error(0.012345, 0.00067), with_error(0.012345, 0.00013), with_error(2e-6, 3e-7)
+    ('0.0123 ± 0.0007', '0.01235 ± 0.00013', '(2.0 ± 0.3)×10⁻⁶')
     """
     if not (error > 0 and math.isfinite(error)):
         return significant(value)
-    if abs(value) < SMALL:
-        power = math.floor(math.log10(max(abs(value), error)))
-        scale = 10.0**-power
-        return f"({value * scale:.2f} ± {error * scale:.2f})e{power}"
+    largest = max(abs(value), error)
+    if largest < SMALL:
+        power = math.floor(math.log10(largest))
+        return f"({_rounded(value / 10.0**power, error / 10.0**power)}){power_of_ten(power)}"
+    return _rounded(value, error)
+
+
+def _rounded(value: float, error: float) -> str:
     power = math.floor(math.log10(error))
     decimals = max(0, -power + (error < 2 * 10.0**power))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
@@ -119,23 +129,12 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{'−' if value < 0 else '+'}{significant(abs(value), digits)}"
 
 
-def with_interval(value: float, low: float, high: float) -> str:
-    """Write a difference and its interval to the same digit, small ones with one power of ten.
+def signed_with_error(value: float, error: float) -> str:
+    """Write a difference and its standard error, with a sign and a true minus.
 
-    >>> with_interval(-0.0123, -0.0156, -0.0091)
-    '−0.0123 [−0.0156, −0.0091]'
-    >>> with_interval(-9.1e-5, -1.1e-4, -6.9e-5)
-    '(−9.1 [−11.0, −6.9])e-5'
+    >>> signed_with_error(-0.01234, 0.0016), signed_with_error(9.1e-5, 1.2e-5)
+    ('−0.0123 ± 0.0016', '+(9.1 ± 1.2)×10⁻⁵')
     """
-    largest = max(map(abs, (value, low, high)))
-    if not (largest > 0 and math.isfinite(largest)):
+    if value == 0 and error == 0:
         return "0"
-    power = math.floor(math.log10(largest))
-    if largest < 10 * SMALL:
-        power = math.floor(math.log10(abs(value))) if value else power
-        scaled = [f"{number * 10.0**-power:+.1f}" for number in (value, low, high)]
-        text = f"({scaled[0]} [{scaled[1]}, {scaled[2]}])e{power}"
-        return text.replace("-", "−").replace("e−", "e-")
-    decimals = max(0, 2 - power)
-    texts = [f"{number:+.{decimals}f}".replace("-", "−") for number in (value, low, high)]
-    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+    return f"{'−' if value < 0 else '+'}{with_error(abs(value), error)}"

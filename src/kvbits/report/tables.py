@@ -6,9 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from kvbits.evaluation.statistics import Z95
 from kvbits.report import numbers
-from kvbits.report.collect import Measurement, PairedComparison, Point, Run, TaskResult
-from kvbits.report.compare import compare_at_equal_bits, same_plans, sensitivity_grids
+from kvbits.report.collect import GIVEN_ORIGIN, PairedComparison, Point, Run, TaskResult
+from kvbits.report.compare import (
+    BASELINE_ORIGINS,
+    compare_at_equal_bits,
+    same_plans,
+    sensitivity_grids,
+)
+from kvbits.report.stages import Measurement
 
 ORIGINS = {
     "exact": "search, exact",
@@ -17,6 +24,7 @@ ORIGINS = {
     "nsga2": "search, NSGA-II",
     "tpe": "search, TPE",
     "full": "full precision",
+    GIVEN_ORIGIN: "given rival",
 }
 
 
@@ -31,11 +39,14 @@ class Table(NamedTuple):
 
 def render_table(table: Table, style: str = "") -> str:
     """Return a table as HTML."""
+    width = max((len(row) for row in table.rows), default=len(table.header))
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
+    kinds = [' class="words"' if column in _word_columns(table) else "" for column in range(width)]
+    names = zip(kinds, table.header, strict=False)
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in names)
     body = []
     for index, row in enumerate(table.rows):
-        cells = [f"<td>{escape(cell)}</td>" for cell in row]
+        cells = [f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kinds, row, strict=True)]
         if not table.header:
             cells[0] = f'<th scope="row">{escape(row[0])}</th>'
         chosen = ' class="chosen"' if index in table.highlighted else ""
@@ -48,6 +59,19 @@ def render_table(table: Table, style: str = "") -> str:
     )
 
 
+def _word_columns(table: Table) -> set[int]:
+    """Columns but the first, which the style sheet knows, that hold words: flush left."""
+    columns = enumerate(zip(*table.rows, strict=True))
+    return {
+        index
+        for index, cells in columns
+        if index and any(cell and cell[0] not in _NUMBER_STARTS for cell in cells)
+    }
+
+
+_NUMBER_STARTS = frozenset("0123456789+−-<(")
+
+
 def summary(run: Run) -> Table:
     """Say what was chosen, in a handful of rows."""
     point = run.chosen
@@ -55,6 +79,8 @@ def summary(run: Run) -> Table:
         return Table((), (("plan", "none chosen yet"),))
     budget = "" if run.budget_bits is None else f", budget {numbers.bits(run.budget_bits)}"
     rows = [("plan", point.name), ("effective bits", numbers.bits(point.effective_bits) + budget)]
+    if point.summary:
+        rows.insert(1, ("layers", point.summary.rpartition("; ")[0]))
     if point.effective_bits_at_context is not None and run.context:
         at_context = numbers.bits(point.effective_bits_at_context)
         rows.append((f"at {numbers.count(run.context)} tokens", f"{at_context} effective bits"))
@@ -135,7 +161,7 @@ def task_results(run: Run) -> Table:
     rows = []
     for point in measured:
         results = [point.tasks.get(name) for name in run.tasks]
-        cells = [cell for task in results for cell in _task_cells(task)]
+        cells = [cell for task in results for cell in task_cells(task)]
         rows.append((*_name_cells(run, point), *cells))
     return Table(tuple(header), tuple(rows), _chosen_rows(measured))
 
@@ -147,7 +173,8 @@ def _name_cells(run: Run, point: Point) -> list[str]:
     return [name, origin, numbers.bits(point.effective_bits)]
 
 
-def _task_cells(task: TaskResult | None) -> list[str]:
+def task_cells(task: TaskResult | None) -> list[str]:
+    """Accuracy, and the difference from full precision; empty for None."""
     return ["", ""] if task is None else [_accuracy(task), _difference(task)]
 
 
@@ -179,7 +206,7 @@ def _difference(task: TaskResult) -> str:
 
 def comparison(run: Run) -> Table:
     """Baselines beside the searched plan of equal size."""
-    found = compare_at_equal_bits(run.points)
+    found = compare_at_equal_bits(run)
     domains = tuple(dict.fromkeys(domain for item in found for domain in item.ratios))
     header = (
         "baseline",
@@ -192,11 +219,11 @@ def comparison(run: Run) -> Table:
     rows = tuple(
         (
             item.baseline.name,
-            item.baseline.origin,
+            ORIGINS.get(item.baseline.origin, item.baseline.origin),
             numbers.bits(item.baseline.effective_bits),
             item.searched.name,
             numbers.bits(item.searched.effective_bits),
-            *(numbers.ratio(item.ratios.get(domain)) for domain in domains),
+            *(ratio_cell(item.ratios.get(domain)) for domain in domains),
         )
         for item in found
     )
@@ -204,21 +231,41 @@ def comparison(run: Run) -> Table:
     return Table(header, rows, chosen)
 
 
-def paired_comparison(run: Run) -> Table:
-    """The chosen plan's KL minus each baseline's within the budget, domains across."""
-    domains = tuple(dict.fromkeys(item.domain for item in run.comparisons))
+def ratio_cell(measured: Measurement | None) -> str:
+    """A ratio with its standard error where that shows in two decimals; empty for None."""
+    if measured is None:
+        return ""
+    if measured.standard_error >= 0.005 and measured.value >= 0.005:  # false for nan
+        return numbers.with_error(measured.value, max(measured.standard_error, 0.01))
+    return numbers.ratio(measured.value)
+
+
+def against_rivals(run: Run) -> Table:
+    """The chosen plan's KL minus that of each rival, domains across."""
+    return _paired(run, [row for row in run.comparisons if row.origin in BASELINE_ORIGINS])
+
+
+def against_neighbours(run: Run) -> Table:
+    """The chosen plan's KL minus that of each other searched plan, domains across."""
+    return _paired(run, [row for row in run.comparisons if row.origin not in BASELINE_ORIGINS])
+
+
+def _paired(run: Run, comparisons: Sequence[PairedComparison]) -> Table:
+    domains = tuple(dict.fromkeys(item.domain for item in comparisons))
     found: dict[tuple[str, ...], dict[str, str]] = {}
-    for item in run.comparisons:
-        key = (item.baseline, item.origin, numbers.bits(item.effective_bits))
-        found.setdefault(key, {})[item.domain] = _kl_difference(item)
+    for item in comparisons:
+        origin = ORIGINS.get(item.origin, item.origin)
+        key = (item.baseline, origin, numbers.bits(item.effective_bits))
+        found.setdefault(key, {})[item.domain] = kl_difference(item)
     rows = tuple((*key, *(cells.get(d, "") for d in domains)) for key, cells in found.items())
-    return Table(("baseline", "from", "bits", *(f"{d} [95 %]" for d in domains)), rows)
+    return Table(("plan", "from", "bits", *(f"KL difference, {d}" for d in domains)), rows)
 
 
-def _kl_difference(item: PairedComparison) -> str:
+def kl_difference(item: PairedComparison) -> str:
+    """A paired difference with its standard error, which the interval holds."""
     if item.difference is None or item.low is None or item.high is None:
         return "" if item.difference is None else numbers.signed(item.difference)
-    return numbers.with_interval(item.difference, item.low, item.high)
+    return numbers.signed_with_error(item.difference, (item.high - item.low) / (2 * Z95))
 
 
 def layer_bits(point: Point) -> Table:
@@ -237,7 +284,7 @@ def sensitivities(run: Run) -> tuple[Table, ...]:
             ("layer", *grid.columns),
             tuple(
                 (
-                    str(layer),
+                    layer,
                     *("" if value is None else numbers.significant(value) for value in row),
                 )
                 for layer, row in zip(grid.layers, grid.rows, strict=True)

@@ -8,6 +8,7 @@ from kvbits.memory import exact_bytes, largest_fitting
 from kvbits.plan import CachePlan
 from kvbits.tuning.candidates import Candidates
 from kvbits.tuning.search.trials import Limit
+from kvbits.tuning.sensitivity import rounded
 from kvbits.tuning.settings import TuneSettings
 from kvbits.tuning.tables import CostTable
 
@@ -47,6 +48,28 @@ def _stock_bytes(settings: TuneSettings, candidates: Candidates) -> int:
         for layer in candidates.geometry.layers
         if not layer.is_packable
     )
+
+
+FEWEST_TOKENS, MOST_TOKENS = 256, 131_072
+
+
+def memory_curve(plan: CachePlan, settings: TuneSettings) -> list[dict[str, Any]]:
+    """Return what a plan's cache takes at context lengths that double, beside one of 16 bits."""
+    own, batch = settings.context or settings.report_context, settings.batch
+    lengths = {own}
+    tokens = FEWEST_TOKENS
+    while tokens <= max(MOST_TOKENS, own):
+        lengths.add(tokens)
+        tokens *= 2
+    return [
+        {
+            "context": tokens,
+            "bytes": plan.bytes(tokens, batch),
+            "bytes_16bit": plan.bytes_16bit(tokens, batch),
+            "effective_bits": rounded(plan.effective_bits_at(tokens, batch)),
+        }
+        for tokens in sorted(lengths)
+    ]
 
 
 def bought(plan: CachePlan, settings: TuneSettings) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from kvbits.evaluation.token_set import TokenSet, dataset
 from kvbits.layer_plan import LayerPlan
 from kvbits.plan import CachePlan, Metric, Provenance
 from kvbits.tuning import rivals
-from kvbits.tuning.budget import bought
+from kvbits.tuning.budget import bought, memory_curve
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.rivals import Entry
 from kvbits.tuning.sensitivity import Meter, rounded
@@ -81,6 +81,7 @@ def front_document(findings: Findings) -> dict[str, Any]:
         "max_kl": settings.max_kl,
         "drop": _drop(findings),
         "bought": bought(findings.plan(findings.chosen), settings),
+        "memory": memory_curve(findings.plan(findings.chosen), settings),
         "normalised_by": dict(
             zip(findings.domains, map(rounded, findings.problem.norms), strict=True)
         ),
@@ -98,6 +99,7 @@ def _point(findings: Findings, entry: Entry) -> dict[str, Any]:
         "name": entry.name,
         "origin": entry.origin,
         "labels": list(labels),
+        "summary": plan.describe(),
         "pairs": [_mean_pair(layer) for layer in plan.layers],
         "effective_bits": rounded(plan.effective_bits),
         "effective_bits_at_context": rounded(plan.effective_bits_at(context)),
@@ -160,12 +162,14 @@ def _tasks(findings: Findings, labels: Labels) -> dict[str, Any]:
 
 
 def _comparisons(findings: Findings) -> list[dict[str, Any]]:
-    """The chosen plan's KL minus each rival's within the budget, paired by document."""
+    """The chosen plan's KL minus that of others, paired by document.
+
+    The others are its neighbours on the front, rules within the budget, and given rivals.
+    """
     chosen = findings.labels(findings.chosen)
     found = []
     for entry in findings.entries:
-        is_rival = entry.origin in rivals.RULES
-        if not is_rival or not entry.fits(findings.bits):
+        if not _is_compared(findings, entry):
             continue
         rival = findings.labels(entry.allocation)
         found += [
@@ -179,6 +183,13 @@ def _comparisons(findings: Findings) -> list[dict[str, Any]]:
             for domain in findings.domains
         ]
     return found
+
+
+def _is_compared(findings: Findings, entry: Entry) -> bool:
+    if entry.origin in rivals.RULES:
+        return entry.fits(findings.bits)
+    is_other = entry.allocation.choice != findings.chosen.choice
+    return entry.origin == rivals.GIVEN or (entry.origin == findings.origin and is_other)
 
 
 def _finite(difference: Any) -> dict[str, float | None]:

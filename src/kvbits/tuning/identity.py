@@ -68,10 +68,12 @@ def separation(data: Data) -> dict[str, int]:
     }
 
 
-def identity(model: Any, settings: TuneSettings, data: Data) -> dict[str, Any]:
+def identity(
+    model: Any, settings: TuneSettings, data: Data, command: str | None = None
+) -> dict[str, Any]:
     """Return ``study.json``: all that a resumed run must share with the one that began.
 
-    Versions and the time of creation are for the reader and are not compared.
+    The command, versions and the time of creation are for the reader and are not compared.
     """
     geometry = ModelGeometry.from_config(model.config)
     return {
@@ -91,6 +93,7 @@ def identity(model: Any, settings: TuneSettings, data: Data) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "layers": [layer.model_dump(mode="json") for layer in geometry.layers],
         },
+        "command": command,
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from kvbits.tuning.candidates import Candidates
+from kvbits.tuning.given import GivenRival, as_choice
 from kvbits.tuning.problem import Problem
 from kvbits.tuning.search import baselines
 from kvbits.tuning.search.baselines import Named
@@ -15,13 +17,14 @@ NEAR_BITS = 1.0
 
 
 RULES = ("uniform", "ladder", "random")
+GIVEN = "given"
 
 
 class Entry(NamedTuple):
     """One plan to verify."""
 
     name: str
-    origin: str  # of the search, or uniform, ladder, random or full
+    origin: str  # of the search, or uniform, ladder, random, given or full
     allocation: Allocation
     measures_tasks: bool = False
 
@@ -68,6 +71,14 @@ def list_entries(
         *_random(problem, bits, random_seeds),
     ]
     return _with_tasks(problem, listed, bits)
+
+
+def given_entries(
+    problem: Problem, given: Iterable[GivenRival], candidates: Candidates
+) -> list[Entry]:
+    """List rivals from elsewhere; tasks are measured on them whatever their size."""
+    plans = ((each.name, problem.allocation(as_choice(each, candidates))) for each in given)
+    return [Entry(name, GIVEN, plan, measures_tasks=True) for name, plan in plans]
 
 
 def _undominated(plans: Iterable[Named]) -> list[Named]:

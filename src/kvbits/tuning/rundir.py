@@ -53,7 +53,8 @@ class RunDir:
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Write ``study.json``, or compare with the one that is there.
 
-        ``identity["versions"]`` and ``identity["created"]`` may differ and the first are kept.
+        ``versions``, ``created`` and ``command`` may differ: the first two are kept as they were,
+        and of commands the last is.
 
         Raises:
             RecordError: The directory was made with other settings or another model.
@@ -68,6 +69,9 @@ class RunDir:
             f"run directory must belong to this study, got {self.path}",
             "choose another with -o",
         )
+        command = identity.get("command")
+        if command and command != stored.get("command"):
+            self.write_json("study.json", stored | {"command": command})
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one line and wait until it is on disk."""
@@ -127,7 +131,7 @@ class RunDir:
         return document
 
 
-_LOOSE = frozenset({"versions", "created"})
+_LOOSE = frozenset({"versions", "created", "command"})
 
 
 def check_same(

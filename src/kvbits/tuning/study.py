@@ -27,6 +27,7 @@ from kvbits.tuning.cluster import cluster_layers
 from kvbits.tuning.costs import cost_table
 from kvbits.tuning.drop import Answers, DropLimit, SideAnswers
 from kvbits.tuning.front import Findings, front_document, plan_with_account
+from kvbits.tuning.given import GivenRival, check_given
 from kvbits.tuning.identity import Data, documents, identity, versions
 from kvbits.tuning.problem import Problem, build_problem
 from kvbits.tuning.progress import Progress, Silent
@@ -65,6 +66,7 @@ class _Study(NamedTuple):
     progress: Progress
     team: Team
     answers: Answers | None
+    given: Sequence[GivenRival]
 
 
 def tune(
@@ -76,6 +78,8 @@ def tune(
     *,
     data: Data | None = None,
     team: Team | None = None,
+    given: Sequence[GivenRival] = (),
+    command: str | None = None,
 ) -> TuneResult:
     """Find a plan for a budget, verify it, and write ``plan.json`` and ``front.json``.
 
@@ -87,6 +91,9 @@ def tune(
         progress: Told about stages and steps.
         data: Token sets in place of the default ones for text, reasoning and recall.
         team: Measures; this process alone by default (``kvbits.tuning.scale`` has others).
+        given: Plans from elsewhere to verify beside the found one. A finished run may be given
+            more of them.
+        command: How the study was called, for the reader of the report.
 
     Raises:
         RecordError: ``run_dir`` was made with other settings, data or another model, is in use
@@ -102,17 +109,19 @@ def tune(
     data = data or default_data(tokenizer, settings, model)
     _check_weights(settings, data.calibration)
     run, progress, team = RunDir(run_dir), progress or Silent(), team or Alone()
-    known = identity(model, settings, data)
+    known = identity(model, settings, data, command)
     with run.lock(), team.join(known, run, data):
         run.check_identity(known)
         run.write_json("documents.json", documents(data))
         make = calibrating(model, data.calibration, run=run, progress=progress)
         candidates = _candidates(model, settings, make)
         check_calibrated(run, team)
+        check_given(given, candidates)
         answers = _answers(model, tokenizer, settings, candidates, run, progress, team)
         study = _Study(
             *(model, tokenizer, settings, data, candidates, costs, limit, run, progress, team),
             answers,
+            given,
         )
         findings = _verify(study, *_search(study))
         document = front_document(findings)
@@ -256,6 +265,7 @@ def _verify(study: _Study, problem: Problem, found: Found) -> Findings:
         chosen=found.chosen,
         random_seeds=[1000 * settings.seed + n for n in range(settings.random_plans)],
     )
+    entries += rivals.given_entries(problem, study.given, study.candidates)
     verifier = Verifier(
         Meter(study.model, study.data.heldout, study.candidates),
         study.tokenizer,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from kvbits.evaluation.accuracy import run_task
+from kvbits.evaluation.positions import PositionBin
 from kvbits.evaluation.statistics import Difference, paired_difference, paired_mean_difference
 from kvbits.evaluation.tasks import TASKS
 from kvbits.tuning.progress import Progress
@@ -143,6 +144,9 @@ class Verifier:
             "perplexity_reference": rounded(result.perplexity_reference),
             "document_kl_nats": [rounded(value) for value in result.document_kl_nats],
             "document_tokens": list(result.document_tokens),
+            "excess_nll": rounded(result.excess_nll),
+            "excess_nll_se": rounded_or_none(result.excess_nll_se),
+            "positions": [_position(each) for each in result.positions],
             "cache_bytes": result.cache_bytes,
             "seconds": round(result.seconds, 3),
         }
@@ -177,3 +181,10 @@ class Verifier:
             "cache_bytes": result.cache_bytes,
             "seconds": round(result.seconds, 3),
         }
+
+
+def _position(found: PositionBin) -> dict[str, Any]:
+    return found._asdict() | {
+        "kl_nats": rounded(found.kl_nats),
+        "kl_se": rounded_or_none(found.kl_se),
+    }
