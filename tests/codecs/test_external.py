@@ -19,6 +19,22 @@ LAYOUTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch):
+    """quanto unpacks by C++ that it compiles at the first use, for a minute, if it can."""
+    try:
+        from optimum.quanto.tensor.packed import PackedTensor
+    except ImportError:
+        return
+
+    def unpack(self):
+        bits = self._bits
+        parts = [self._data >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
+        return torch.cat(parts)[: self.shape[0]]
+
+    monkeypatch.setattr(PackedTensor, "unpack", unpack)
+
+
 def states(rows=1, seed=0):
     x = torch.randn(rows, 2, 2 * TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
     x[..., 3] += 20

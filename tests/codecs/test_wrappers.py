@@ -168,7 +168,8 @@ def test_stored_bits_of_outliers_are_24_a_slot():
 def test_keys_are_turned_back_by_their_position():
     frequencies = (1.0, 0.1)
     codec = PreRope(inner=Affine(bits=8), frequencies=frequencies)
-    plain, position = states(1, 1, 6, 5), torch.tensor([[0, 1, 5, 100, 1000, 31]])
+    # A million needs more than float32: its angles are 0.03 apart there.
+    plain, position = states(1, 1, 6, 5), torch.tensor([[0, 1, 5, 100, 1_000_003, 31]])
     angle = position[0, :, None] * torch.tensor(frequencies, dtype=torch.float64)
     turn = torch.polar(torch.ones_like(angle), angle)  # a pair as a complex number
     pairs = torch.complex(plain[0, 0, :, :2].double(), plain[0, 0, :, 2:4].double()) * turn
