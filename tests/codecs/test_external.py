@@ -10,6 +10,8 @@ import torch
 from kvbits.codecs import Hqq, Quanto
 from kvbits.errors import MissingLibraryError
 
+pytestmark = pytest.mark.usefixtures("quanto_in_python")
+
 TOKENS, WIDTH, GROUP = 64, 32, 16
 # per token in two groups, per token whole, per channel
 LAYOUTS = [
@@ -17,22 +19,6 @@ LAYOUTS = [
     {},
     {"granularity": "per_channel", "group_size": TOKENS},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_compiler(monkeypatch):
-    """quanto unpacks by C++ that it compiles at the first use, for a minute, if it can."""
-    try:
-        from optimum.quanto.tensor.packed import PackedTensor
-    except ImportError:
-        return
-
-    def unpack(self):
-        bits = self._bits
-        parts = [self._data >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
-        return torch.cat(parts)[: self.shape[0]]
-
-    monkeypatch.setattr(PackedTensor, "unpack", unpack)
 
 
 def states(rows=1, seed=0):
