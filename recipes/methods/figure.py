@@ -1,6 +1,7 @@
 """Draw quality against effective bits, and print the table: from the records of ``measure.py``.
 
-python recipes/methods/figure.py results.jsonl figure.png    (needs matplotlib)
+pip install -r recipes/requirements.txt
+python recipes/methods/figure.py results.jsonl [figure.png]
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         record = json.loads(line)
-        records.setdefault(record["subject"], {}).update(record)
+        known = records.setdefault(record["subject"], {})
+        accuracy = known.get("accuracy", {}) | record.get("accuracy", {})
+        known.update(record, accuracy=accuracy)
     return list(records.values())
 
 
@@ -85,7 +88,7 @@ def accuracy(record: dict[str, Any], task: str) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """One point a record, a colour a method, a line through the Pareto set."""
+    """One point a record, a colour a method; a line and rings mark the Pareto set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,14 +103,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         look = {"marker": "osD^vP*X<>"[index % 10], "color": pyplot.cm.tab20(index % 20)}
         axes.errorbar(bits, kl, error, label=method, linestyle="none", capsize=2, **look)
     front = pareto(records)
-    axes.plot(
-        [r[BITS] for r in front],
-        [r["text"]["kl_nats"] for r in front],
-        color="grey",
-        linewidth=1,
-        label="Pareto set",
-        zorder=0,
-    )
+    bits, kl = [r[BITS] for r in front], [r["text"]["kl_nats"] for r in front]
+    rings = {"marker": "o", "markersize": 13, "markerfacecolor": "none"}
+    axes.plot(bits, kl, color="grey", linewidth=1, label="Pareto set", zorder=0, **rings)
     axes.set(
         yscale="log",
         xlabel=f"effective bits at {records[0]['context']} tokens, all included",
@@ -121,7 +119,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    found = read_records(Path(sys.argv[1]))
+    found = [each for each in read_records(Path(sys.argv[1])) if "text" in each]
     print(table(found))
     if len(sys.argv) > 2:
         draw([each for each in found if each["method"] != EXACT], Path(sys.argv[2]))
