@@ -93,6 +93,7 @@ def subjects() -> Iterator[Subject]:
     yield Subject("kvquant", {"key_bits": 2, "value_bits": 2, "residual_length": 96})
     yield Subject("skvq", {"key_bits": 2, "value_bits": 1.5})
     yield Subject("skvq", {"key_bits": 2, "value_bits": 1.5, "reorder": "none"})
+    yield Subject("skvq", {"key_bits": 2, "value_bits": 1.5, "clip_ratio": "search"})
     yield Subject("kivi", {"promoted_share": 0.125, "sink_tokens": 32})  # Kitty
     yield Subject("qaq", {"level": "head"})
     yield Subject("qaq", {"level": "layer"})
