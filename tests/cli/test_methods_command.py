@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ def test_methods_are_listed_with_their_sources():
     for name, method in METHODS.items():
         assert name in result.output
         assert all(sentence in result.output for sentence in method.differs)
+    for extra in ("quanto", "hqq"):
+        assert f"kvbits[{extra}]" in result.output
 
 
 def test_methods_are_listed_for_scripts():
@@ -148,6 +151,28 @@ def test_a_file_in_place_of_the_folder_is_refused_before_any_work(tiny_model_dir
     assert "--output must be a folder, got the file" in " ".join(result.output.split())
     assert "calibrating" not in result.output
     assert (tmp_path / "made").read_text() == "mine"
+
+
+def test_a_calibrated_plan_is_measured_from_its_files(tiny_model_dir, tmp_path):
+    """What the README shows: calibrate, copy the folder, evaluate."""
+    made = run(
+        *("calibrate", tiny_model_dir, "--method", "kvquant", "--bits", "3"),
+        *("--documents", "2", "--device", "cpu", "-o", tmp_path / "made"),
+    )
+    assert made.exit_code == 0, made.output
+    shutil.copytree(tmp_path / "made", tmp_path / "copy")
+    (tmp_path / "text.txt").write_text("kvbits fits. " * 40)
+    result = run(
+        *("evaluate", tiny_model_dir, "--plan", tmp_path / "copy" / "plan.json", "--json"),
+        *("--text", tmp_path / "text.txt", "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (
+        found["effective_bits"] == CachePlan.load(tmp_path / "made" / "plan.json").effective_bits
+    )
+    assert found["records"][0]["plan"]["method"] == "kvquant"
+    assert found["records"][0]["plan"]["pairs"] == [[3, 3]] * 3
 
 
 def test_too_little_text_writes_nothing(tiny_model_dir, tmp_path):

@@ -207,7 +207,5 @@ def test_clip_ratios_need_text_and_finite_states(documents):
 
 @pytest.mark.parametrize("ratio", [0.0, 1.2, "seek", True])
 def test_other_clip_ratios_are_refused(ratio):
-    with pytest.raises(
-        ValueError, match=r"clip_ratio must be above 0 and .*'search', got"
-    ):
+    with pytest.raises(ValueError, match=r"clip_ratio must be above 0 and .*'search', got"):
         build_method("skvq", clip_ratio=ratio)
