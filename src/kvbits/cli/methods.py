@@ -71,13 +71,13 @@ def calibrate(
     from kvbits.cli.models import load_config
     from kvbits.methods import build_method
 
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output must be a folder, got the file {str(output)!r}")
     settings = dict(map(_setting, setting or ()))
     if bits is not None:
         width = int(bits) if bits.is_integer() else bits
         settings = {"key_bits": width, "value_bits": width} | settings
     built = build_method(method, **settings)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output must be a folder, got the file {str(output)!r}")
     if built.needs_data:
         plan = _calibrated(built, model, text, documents, seed, device, dtype.value)
     else:
