@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvbits.attention.hf import packed_attention, packed_mask
-from kvbits.calibration.attention import attending_by
+from kvbits.calibration.attention import attending_by, check_finite
 from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import SIDES, Side
 
@@ -91,15 +91,6 @@ def observe(
                 )
                 tap.differentiate(loss)
             yield tap.observations()
-
-
-def check_finite(name: str, found: Tensor, layer_idx: int) -> None:
-    """Raise ``CalibrationError`` if something seen of a layer holds NaN or infinity."""
-    if not found.isfinite().all():
-        raise CalibrationError(
-            f"{name} must be finite, got NaN or infinity in layer {layer_idx}; "
-            "check the model's weights and dtype"
-        )
 
 
 class _Tap(DynamicCache):  # type: ignore[misc]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kvbits.calibration.attention import Observed
-from kvbits.calibration.capture import check_finite
 from kvbits.codecs import Codec, EncodeContext
 from kvbits.layer_plan import SIDES, Side
 
@@ -44,9 +43,7 @@ class ClipSearch:
         Raises:
             CalibrationError: If states or queries are not finite.
         """
-        check_finite("key_states", seen.key_states, seen.layer_idx)
-        check_finite("value_states", seen.value_states, seen.layer_idx)
-        check_finite("queries", seen.query, seen.layer_idx)
+        seen.check()
         exact = _output(seen, seen.key_states, seen.value_states)
         for side in SIDES:
             states = seen.key_states if side == "key" else seen.value_states

@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvbits.calibration.attention import Observed, observed_attention
-from kvbits.calibration.capture import check_finite
 from kvbits.codecs import Affine, AnyCodec, Codebook, Outliers, Tiered
 from kvbits.codecs.levels import normal_quantiles
 from kvbits.codecs.outliers import slots_for
@@ -149,12 +148,7 @@ class Qaq(Method):
 
     def _needs(self, seen: Observed) -> Needs:
         """Bits of the tokens of one document that would be packed."""
-        for name, each in zip(
-            ("key_states", "value_states", "queries"),
-            (seen.key_states, seen.value_states, seen.query),
-            strict=True,
-        ):
-            check_finite(name, each, seen.layer_idx)
+        seen.check()
         count = seen.key_states.shape[1]
         packed = slice(self.sink_tokens, count - self.residual_length)
         norm = self.squared_query_norm or _squared_norms(seen)
