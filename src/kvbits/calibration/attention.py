@@ -29,17 +29,17 @@ class Observed(NamedTuple):
     softcap: float | None
     sink_logits: Tensor | None  # [H_q]
 
-    def check(self) -> None:
-        """Raise ``CalibrationError`` if states or queries hold NaN or infinity."""
-        check_finite("key_states", self.key_states, self.layer_idx)
-        check_finite("value_states", self.value_states, self.layer_idx)
-        check_finite("queries", self.query, self.layer_idx)
-
     def weights(self, key_states: Tensor) -> Tensor:
         """Return the attention weights ``[H_q, Q, T]`` over the given keys, float32."""
         return attention_weights(
             self.query, key_states, self.mask, self.scaling, self.softcap, self.sink_logits
         )
+
+    def check(self) -> None:
+        """Raise ``CalibrationError`` if states or queries hold NaN or infinity."""
+        check_finite("key_states", self.key_states, self.layer_idx)
+        check_finite("value_states", self.value_states, self.layer_idx)
+        check_finite("queries", self.query, self.layer_idx)
 
 
 def check_finite(name: str, found: Tensor, layer_idx: int) -> None:
