@@ -39,6 +39,22 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture
+def quanto_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """quanto unpacks by C++ that it compiles at the first use, for a minute, if it can."""
+    try:
+        from optimum.quanto.tensor.packed import PackedTensor
+    except ImportError:
+        return
+
+    def unpack(self: Any) -> torch.Tensor:
+        bits = self._bits
+        parts = [self._data >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
+        return torch.cat(parts)[: self.shape[0]]
+
+    monkeypatch.setattr(PackedTensor, "unpack", unpack)
+
+
 def byte_tokenizer() -> Any:
     """Build a byte-level tokenizer without merges: 256 bytes and ``<|endoftext|>``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

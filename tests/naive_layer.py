@@ -7,9 +7,13 @@ that it leaves the residual; nothing is ever encoded twice.
 from __future__ import annotations
 
 import copy
+import random
+from importlib.util import find_spec
 
+import pytest
 import torch
 
+from kvbits.cache.layer import PackedLayer
 from kvbits.codecs import (
     Affine,
     Array,
@@ -17,6 +21,7 @@ from kvbits.codecs import (
     EncodeContext,
     Float4,
     Float8,
+    Hqq,
     Identity,
     MatrixRotated,
     NearestLevel,
@@ -25,6 +30,7 @@ from kvbits.codecs import (
     Permuted,
     PreRope,
     Promoted,
+    Quanto,
     RangeNormalised,
     Rotated,
     Tiered,
@@ -201,6 +207,26 @@ PLANS = {
     ),
 }
 
+# What extras bring; the first of two names may be there without the second.
+LIBRARIES = {"quanto": ("optimum", "optimum.quanto"), "hqq": ("hqq",)}
+needs_library = {
+    name: pytest.mark.skipif(not all(map(find_spec, modules)), reason=f"needs kvbits[{name}]")
+    for name, modules in LIBRARIES.items()
+}
+BY_CHANNEL = {"granularity": "per_channel", "group_size": 32}
+LIBRARY_PLANS = {
+    "quanto": pytest.param(
+        LayerPlan.uniform(
+            Quanto(bits=4, **BY_CHANNEL), Quanto(bits=2, group_size=12), residual_length=9
+        ),
+        marks=needs_library["quanto"],
+    ),
+    "hqq": pytest.param(
+        LayerPlan.uniform(Hqq(bits=3, **BY_CHANNEL), Hqq(bits=4, tile_tokens=16), sink_tokens=3),
+        marks=needs_library["hqq"],
+    ),
+}
+
 
 def random_states(num_tokens, rows=2, seed=0, dtype=torch.float32):
     """Keys and values of a few tokens; one key channel lies far from zero."""
@@ -324,3 +350,39 @@ class NaiveLayer:
                 if len(row):
                     expected = torch.stack(row.tokens[side], 1)
                     assert torch.equal(dense[index, :, padding:], expected), (side, index)
+
+
+def compare_histories(plan, seed, draw=random_states, steps=40):
+    """Random operations on a layer and on a naive one: append, crop, move rows, record drafts,
+    save and restore."""
+    chance = random.Random(seed)
+    padding = [0, chance.randrange(40), chance.randrange(5)]
+    layer, naive = PackedLayer(plan), NaiveLayer(plan, padding)
+    layer.set_padding(padding)
+    for step in range(steps):
+        action = chance.choice(["append", "append", "decode", "crop", "move", "record", "save"])
+        if action == "crop":
+            removed = chance.choice([0, 1, 5, chance.randrange(0, naive.num_tokens + 1)])
+            removed = min(removed, naive.num_tokens)
+            if naive.num_tokens:
+                layer.crop(removed)
+                naive.crop(removed)
+        elif action == "move" and naive.num_tokens:
+            size = chance.randint(1, 4)
+            index = [chance.randrange(len(naive.padding)) for _ in range(size)]
+            layer.map_rows(index)
+            naive.map_rows(index)
+        elif action == "record":
+            layer.is_recording = naive.is_recording = not naive.is_recording
+        elif action == "save" and naive.num_tokens:
+            copied = PackedLayer(plan)
+            copied.restore(*layer.export())
+            copied.is_recording = layer.is_recording
+            layer = copied
+        else:
+            count = 1 if action == "decode" else chance.choice([2, 30, 100])
+            states = draw(count, rows=len(naive.padding), seed=1000 * seed + step)
+            layer.update(*states)
+            naive.update(*states)
+        if naive.num_tokens:
+            naive.assert_equals(layer)

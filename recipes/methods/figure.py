@@ -1,6 +1,7 @@
 """Draw quality against effective bits, and print the table: from the records of ``measure.py``.
 
-python recipes/methods/figure.py results.jsonl figure.png    (needs matplotlib)
+pip install -r recipes/requirements.txt
+python recipes/methods/figure.py results.jsonl [figure.png]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 BITS = "effective_bits_at_context"
 DOMAINS = ("text", "reasoning", "recall")
 EXACT = "16 bits"  # full precision
+MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -20,8 +22,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         record = json.loads(line)
-        records.setdefault(record["subject"], {}).update(record)
+        known = records.setdefault(record["subject"], {})
+        accuracy = known.get("accuracy", {}) | record.get("accuracy", {})
+        known.update(record, accuracy=accuracy)
     return list(records.values())
+
+
+def title(record: dict[str, Any]) -> str:
+    """Method, widths as ``K4V2``, and its other settings."""
+    settings = dict(record.get("settings", {}))
+    parts = [record["method"]]
+    if {"key_bits", "value_bits"} <= settings.keys():
+        parts.append(f"K{settings.pop('key_bits')}V{settings.pop('value_bits')}")
+    return " ".join([*parts, *(f"{name}={value}" for name, value in settings.items())])
 
 
 def pareto(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -45,15 +58,15 @@ def table(records: list[dict[str, Any]]) -> str:
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for record in sorted(records, key=lambda r: r[BITS]):
         text = record["text"]
-        name = record["subject"]
+        name = title(record)
         cells = [
-            f"**{name}**" if name in front else name,
+            f"**{name}**" if record["subject"] in front else name,
             f"{record['effective_bits']:.2f}",
             f"{record[BITS]:.2f}",
             f"{text['kl_nats']:.5f} ± {text['kl_se']:.5f}",
             f"{100 * text['flips']:.2f}",
             f"{text['perplexity']:.3f}",
-            *(f"{record[name]['kl_nats']:.5f}" for name in DOMAINS[1:]),
+            *(f"{record[domain]['kl_nats']:.5f}" for domain in DOMAINS[1:]),
             *(accuracy(record, task) for task in tasks),
         ]
         rows.append(f"| {' | '.join(cells)} |")
@@ -85,7 +98,7 @@ def accuracy(record: dict[str, Any], task: str) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """One point a record, a colour a method, a line through the Pareto set."""
+    """One point a record, a colour a method; a line and rings mark the Pareto set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,14 +113,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         look = {"marker": "osD^vP*X<>"[index % 10], "color": pyplot.cm.tab20(index % 20)}
         axes.errorbar(bits, kl, error, label=method, linestyle="none", capsize=2, **look)
     front = pareto(records)
-    axes.plot(
-        [r[BITS] for r in front],
-        [r["text"]["kl_nats"] for r in front],
-        color="grey",
-        linewidth=1,
-        label="Pareto set",
-        zorder=0,
-    )
+    bits, kl = [r[BITS] for r in front], [r["text"]["kl_nats"] for r in front]
+    rings = {"marker": "o", "markersize": 13, "markerfacecolor": "none"}
+    axes.plot(bits, kl, color="grey", linewidth=1, label="Pareto set", zorder=0, **rings)
     axes.set(
         yscale="log",
         xlabel=f"effective bits at {records[0]['context']} tokens, all included",
@@ -120,8 +128,23 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-if __name__ == "__main__":
-    found = read_records(Path(sys.argv[1]))
+def put(made: str, readme: Path) -> None:
+    """Write a table between the marks of a Markdown file."""
+    before, _, rest = readme.read_text().partition(MARKS[0])
+    _, mark, after = rest.partition(MARKS[1])
+    if not mark:
+        raise SystemExit(f"{readme} must hold {' and '.join(MARKS)}".replace("\n", ""))
+    readme.write_text(f"{before}{MARKS[0]}{made}\n{MARKS[1]}{after}")
+
+
+def main(records: Path, image: Path | None = None, readme: Path | None = None) -> None:
+    found = [each for each in read_records(records) if "text" in each]
     print(table(found))
-    if len(sys.argv) > 2:
-        draw([each for each in found if each["method"] != EXACT], Path(sys.argv[2]))
+    if image:
+        draw([each for each in found if each["method"] != EXACT], image)
+    if readme:
+        put(table(found), readme)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

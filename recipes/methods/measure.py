@@ -4,15 +4,17 @@
 
 Forward KL, flips and perplexity on held-out text, arithmetic and recall, through the packed
 cache, and with ``--problems N`` the accuracy of generated answers: passkey, recall, arithmetic.
-``figure.py`` joins the JSON lines of a plan. What the file already holds is left out, so a stopped
-run goes on where it was, and accuracies can be added later.
+``figure.py`` joins the JSON lines of a plan. Every column of a row is a line of its own, and what
+the file already holds is left out: a stopped run goes on where it was, and rows and columns can be
+measured apart and in any order.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,8 @@ WIDTHS = (2, 3, 4)
 # Answers that a damaged cache gets wrong: one number in prose, one entry of many, and a chain of
 # thought. The first two are about 1000 tokens, so that no residual holds them.
 TASKS: tuple[Task, ...] = (Passkey(length=1024), KeyValueRecall(num_pairs=60), ArithmeticChain())
+DIVERGENCE = "divergence"  # on all three domains
+COLUMNS = (DIVERGENCE, *(task.name for task in TASKS))
 
 
 class Subject(NamedTuple):
@@ -57,6 +61,9 @@ class Subject(NamedTuple):
         method = build_method(self.method, **self.settings)
         return method.calibrate(bench.model, bench.calibration)
 
+
+# What methods do without the ranges or orders of channels that calibration finds.
+WITHOUT_FITTING = {"kvquant": [{"key_ranges": "block"}], "skvq": [{"reorder": "none"}]}
 
 # One of each kind, for a machine without a GPU.
 TWO_BITS = {"key_bits": 2, "value_bits": 2}
@@ -81,7 +88,12 @@ def subjects() -> Iterator[Subject]:
             settings = {"key_bits": bits, "value_bits": bits}
             if _is_offered(name, settings):
                 yield Subject(name, settings)
+        for own in WITHOUT_FITTING.get(name, ()):
+            yield from (Subject(name, {"key_bits": b, "value_bits": b, **own}) for b in WIDTHS)
+    yield Subject("kvquant", {"key_bits": 2, "value_bits": 2, "residual_length": 96})
     yield Subject("skvq", {"key_bits": 2, "value_bits": 1.5})
+    yield Subject("skvq", {"key_bits": 2, "value_bits": 1.5, "reorder": "none"})
+    yield Subject("skvq", {"key_bits": 2, "value_bits": 1.5, "clip_ratio": "search"})
     yield Subject("kivi", {"promoted_share": 0.125, "sink_tokens": 32})  # Kitty
     yield Subject("qaq", {"level": "head"})
     yield Subject("qaq", {"level": "layer"})
@@ -158,54 +170,64 @@ class Bench:
             }
         return record
 
-    def accuracy(self, plan: CachePlan | None) -> dict[str, Any]:
+    def accuracy(self, plan: CachePlan | None, task: Task) -> dict[str, Any]:
         """Share of generated problems that are solved through the cache, with standard errors."""
-        n = self.arguments.problems
-        accuracies = {}
-        for task in TASKS:
-            solved = run_task(
-                self.model,
-                self.tokenizer,
-                task,
-                n=n,
-                plan=plan,
-                batch_size=self.arguments.batch_size,
-            )
-            accuracies[task.name] = {
-                "accuracy": solved.accuracy,
-                "standard_error": solved.standard_error,
-                "n": n,
-                "seconds": round(solved.seconds, 1),
-            }
-        return {"accuracy": accuracies, "accuracy_versions": self.versions}
+        solved = run_task(
+            self.model,
+            self.tokenizer,
+            task,
+            n=self.arguments.problems,
+            plan=plan,
+            batch_size=self.arguments.batch_size,
+        )
+        found = {
+            "accuracy": solved.accuracy,
+            "standard_error": solved.standard_error,
+            "n": self.arguments.problems,
+            "seconds": round(solved.seconds, 1),
+        }
+        return {"accuracy": {task.name: found}, "accuracy_versions": self.versions}
 
 
-def run(arguments: argparse.Namespace, wanted: list[Subject]) -> None:
-    """Measure what the output file does not hold yet."""
-    bench = Bench(arguments)
+def run(arguments: argparse.Namespace, wanted: Sequence[Subject]) -> None:
+    """Measure what the output file does not hold yet, or with ``--list`` only name it."""
     held = {each["subject"]: each for each in read_records(arguments.out)}
+    lacking = [(each, _lacking(held.get(each.name, {}), arguments)) for each in wanted]
+    todo = [(subject, columns) for subject, columns in lacking if columns]
+    if arguments.list:
+        for subject, columns in todo:
+            print(f"{subject.name}: {', '.join(columns)}")
+        return
+    bench = Bench(arguments)
     others = {str(each["texts"]) for each in held.values() if "texts" in each} - {str(bench.texts)}
     if others:
         raise SystemExit(
             f"--out must not hold records of other texts, got {arguments.out}; give the --text, "
             "--documents and --tokens it was made with, or another file"
         )
-    todo = [each for each in wanted if _lacking(held.get(each.name, {}), arguments.problems)]
-    for subject in track(todo, "measuring"):
-        plan = subject.plan(bench)
+    tasks = {task.name: task for task in TASKS}
+    for subject, columns in track(todo, "measuring"):
         try:
-            if "texts" not in held.get(subject.name, {}):
-                add(arguments.out, subject, bench.divergence(subject, plan))
-            if arguments.problems:
-                add(arguments.out, subject, bench.accuracy(plan))
+            plan = subject.plan(bench)
+            for column in columns:
+                if column == DIVERGENCE:
+                    record = bench.divergence(subject, plan)
+                else:
+                    record = bench.accuracy(plan, tasks[column])
+                add(arguments.out, subject, record)
         except MissingLibraryError as error:
             print(f"{subject.name}: left out, {error}", flush=True)
 
 
-def _lacking(known: dict[str, Any], problems: int) -> bool:
-    """Whether something of a subject is still to be measured."""
-    counts = {each["n"] for each in known.get("accuracy", {}).values()}
-    return "texts" not in known or (problems > 0 and counts != {problems})
+def _lacking(known: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    """Wanted columns of a row that are still to be measured."""
+    found = known.get("accuracy", {})
+    columns = [] if "texts" in known else [DIVERGENCE]
+    if arguments.problems:
+        columns += [
+            task.name for task in TASKS if found.get(task.name, {}).get("n") != arguments.problems
+        ]
+    return [each for each in columns if not arguments.columns or each in arguments.columns]
 
 
 def add(path: Path, subject: Subject, record: dict[str, Any]) -> None:
@@ -236,14 +258,38 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=600, help="tokens of a window")
     parser.add_argument("--problems", type=int, default=0, help="problems of each task to solve")
     parser.add_argument("--batch-size", type=int, default=64, help="problems solved at once")
+    parser.add_argument("--list", action="store_true", help="only name what is missing")
+    parser.add_argument(
+        "--columns",
+        type=_columns,
+        default=(),
+        help=f"some of {', '.join(COLUMNS)}, separated by commas; default: all",
+    )
     return parser
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    columns = tuple(text.split(","))
+    if not set(columns) <= set(COLUMNS):
+        raise argparse.ArgumentTypeError(f"must be some of {', '.join(COLUMNS)}, got {text}")
+    return columns
+
+
+def matches(subject: Subject, patterns: str | None) -> bool:
+    """Whether a row's method or name is one of some patterns, separated by commas."""
+    return patterns is None or any(
+        fnmatchcase(name, pattern)
+        for pattern in patterns.split(",")
+        for name in (subject.method, subject.name)
+    )
 
 
 if __name__ == "__main__":
     parser = parse()
-    parser.add_argument("--only", help="methods, separated by commas")
+    parser.add_argument(
+        "--only", help="methods, or patterns of rows such as '*key_bits=2 value_bits=2*'"
+    )
     parser.add_argument("--cpu", action="store_true", help="only CPU_SUBSET, one of each kind")
     arguments = parser.parse_args()
-    names = set(arguments.only.split(",")) if arguments.only else {EXACT, *METHODS}
-    chosen = CPU_SUBSET if arguments.cpu else subjects()
-    run(arguments, [each for each in chosen if each.method in names])
+    chosen = CPU_SUBSET if arguments.cpu else tuple(subjects())
+    run(arguments, [each for each in chosen if matches(each, arguments.only)])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
-from naive_layer import HEADS, KEY_DIM, PLANS, VALUE_DIM, NaiveLayer, random_states
+from naive_layer import (
+    HEADS,
+    KEY_DIM,
+    LIBRARY_PLANS,
+    PLANS,
+    VALUE_DIM,
+    NaiveLayer,
+    compare_histories,
+    random_states,
+)
 
 from kvbits.cache.layer import PackedLayer
 from kvbits.codecs import Affine
@@ -17,6 +24,7 @@ from kvbits.layer_plan import SIDES, HeadGroup, LayerPlan
 from kvbits.memory import layer_bytes
 
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+library_plan = pytest.mark.parametrize("plan", LIBRARY_PLANS.values(), ids=LIBRARY_PLANS)
 
 
 def filled(plan, states, chunks=None, padding=None, **settings):
@@ -377,38 +385,12 @@ def test_moved_rows_equal_moved_rows_of_the_naive_layer(plan, index):
 @every_plan
 @pytest.mark.parametrize("seed", range(2))
 def test_any_history_equals_the_naive_layer(plan, seed):
-    """Forty random operations: append, crop, move rows, record drafts, save and restore."""
-    chance = random.Random(seed)
-    padding = [0, chance.randrange(40), chance.randrange(5)]
-    layer, naive = PackedLayer(plan), NaiveLayer(plan, padding)
-    layer.set_padding(padding)
-    for step in range(40):
-        action = chance.choice(["append", "append", "decode", "crop", "move", "record", "save"])
-        if action == "crop":
-            removed = chance.choice([0, 1, 5, chance.randrange(0, naive.num_tokens + 1)])
-            removed = min(removed, naive.num_tokens)
-            if naive.num_tokens:
-                layer.crop(removed)
-                naive.crop(removed)
-        elif action == "move" and naive.num_tokens:
-            size = chance.randint(1, 4)
-            index = [chance.randrange(len(naive.padding)) for _ in range(size)]
-            layer.map_rows(index)
-            naive.map_rows(index)
-        elif action == "record":
-            layer.is_recording = naive.is_recording = not naive.is_recording
-        elif action == "save" and naive.num_tokens:
-            copy = PackedLayer(plan)
-            copy.restore(*layer.export())
-            copy.is_recording = layer.is_recording
-            layer = copy
-        else:
-            count = 1 if action == "decode" else chance.choice([2, 30, 100])
-            states = random_states(count, rows=len(naive.padding), seed=1000 * seed + step)
-            layer.update(*states)
-            naive.update(*states)
-        if naive.num_tokens:
-            naive.assert_equals(layer)
+    compare_histories(plan, seed)
+
+
+@library_plan
+def test_any_history_of_a_librarys_codes_equals_the_naive_layer(plan):
+    compare_histories(plan, seed=0, steps=25)
 
 
 # ----- drafts

@@ -38,6 +38,15 @@ def test_the_range_of_a_group_is_covered():
     assert ((codec.decode(codec.encode(x)) - x).abs() <= step / 2 * 1.001).all()
 
 
+def test_codes_follow_the_levels_and_states_the_decoded_levels():
+    """1.4 is nearest to 0.5 of half a range of 2, whatever that level is decoded to."""
+    levels, decoded = (-1.0, 0.0, 0.5, 1.0), (-0.9, 0.1, 0.6, 0.95)
+    codec = Codebook(levels=levels, decoded_levels=decoded)
+    encoded = codec.encode(torch.tensor([[[[-2.0, 0.3, 1.4, 2.0]]]]))
+    assert encoded.codes.flatten().tolist() == [0, 1, 2, 3]
+    assert codec.decode(encoded).flatten().tolist() == pytest.approx([-1.8, 0.2, 1.2, 1.9])
+
+
 def test_a_constant_group_comes_back():
     codec = Codebook(levels=normal_float(2))
     x = torch.full((1, 1, 3, 8), 2.5)

@@ -10,6 +10,8 @@ import torch
 from kvbits.codecs import Hqq, Quanto
 from kvbits.errors import MissingLibraryError
 
+pytestmark = pytest.mark.usefixtures("quanto_in_python")
+
 TOKENS, WIDTH, GROUP = 64, 32, 16
 # per token in two groups, per token whole, per channel
 LAYOUTS = [

@@ -223,6 +223,7 @@ def test_transformers_groups_divide_the_heads(head_dim, group_size):
     assert generation_arguments(plan)["cache_config"]["q_group_size"] == group_size
 
 
+@pytest.mark.usefixtures("quanto_in_python")
 @pytest.mark.parametrize(
     ("bits", "backend"), [(2, "quanto"), (4, "quanto"), (8, "hqq"), (8, "fp8")]
 )

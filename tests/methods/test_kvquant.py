@@ -17,7 +17,7 @@ from kvbits.calibration.quantiles import ChannelQuantiles
 from kvbits.cli import app
 from kvbits.codecs import EncodeContext, Outliers, PreRope, RangeNormalised
 from kvbits.codecs.codebook import FittedTable
-from kvbits.codecs.levels import normal_float
+from kvbits.codecs.levels import normal_float, on_grid
 from kvbits.errors import CalibrationError
 from kvbits.methods import build_method
 from kvbits.testing import tiny_model
@@ -92,7 +92,7 @@ def test_q_norm_widens_the_decoded_levels(settings, model, documents):
 def test_the_variant_without_data_needs_no_model(model):
     method = build_method("kvquant", levels="normal_float", key_ranges="block")
     assert not method.needs_data
-    assert {codec.levels for codec in tables(method.plan(model.config))} == {normal_float(3)}
+    assert {codec.levels for codec in tables(method.plan(model.config))} == {on_grid(normal_float(3))}
 
 
 def test_progress_is_told_per_document(model, documents):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from naive_layer import LIBRARIES, needs_library
 from transformers import DynamicCache
 
 import kvbits
@@ -20,12 +20,6 @@ from kvbits.methods import METHODS, build_method
 from kvbits.methods.listing import markdown_table
 from kvbits.testing import tiny_model
 
-# What extras bring; the first of two names may be there without the second.
-LIBRARIES = {"quanto": ("optimum", "optimum.quanto"), "hqq": ("hqq",)}
-needs_library = {
-    name: pytest.mark.skipif(not all(map(find_spec, modules)), reason=f"needs kvbits[{name}]")
-    for name, modules in LIBRARIES.items()
-}
 # KVTuner's plans are for models of their own.
 named = [name for name in METHODS if name != "kvtuner"]
 every_method = pytest.mark.parametrize("name", named)

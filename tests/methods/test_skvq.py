@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvbits import CachePlan
+from kvbits.calibration.clipping import RATIOS
 from kvbits.calibration.reorder import ChannelRanges, clustered_order
 from kvbits.codecs import Affine, Permuted, PreRope
 from kvbits.errors import CalibrationError
@@ -149,3 +150,62 @@ def test_text_shorter_than_the_sinks_is_refused(model, documents):
 def test_an_order_within_heads_needs_groups():
     with pytest.raises(ValueError, match="group_size must be given when reorder='head', got None"):
         build_method("skvq", reorder="head")
+
+
+def naive_errors(model, ids, index, side, ratios, bits):
+    """Squared errors of a layer's attention output by ratio, from eager attention."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        made = model(ids[None], output_attentions=True, use_cache=True)
+    model.set_attn_implementation("sdpa")
+    weights, layer = made.attentions[index][0].double(), made.past_key_values.layers[index]
+    exact = layer.values[0].double()
+    assert side == "value"
+    found = []
+    for ratio in ratios:
+        codec = Affine(bits=bits, clip_ratio=ratio, parameter_dtype="float8")
+        decoded = codec.decode(codec.encode(layer.values))[0].double()
+        error = (weights @ (decoded - exact).repeat_interleave(2, 0)).square().sum().item()
+        found.append(error)
+    return found
+
+
+@pytest.mark.parametrize("bits", [1.5, 3])
+def test_the_searched_ratio_is_the_one_with_which_attention_errs_least(bits, model, documents):
+    """One document shorter than the sample of queries: all its queries count."""
+    ids = documents[1][:60]
+    settings = {"reorder": "none", "sink_tokens": 0, "value_bits": bits, "clip_ratio": "search"}
+    plan = build_method("skvq", **settings).calibrate(model, [ids])
+    for index in range(4):
+        errors = naive_errors(model, ids, index, "value", RATIOS, bits)
+        found = plan.layers[index].groups[0].value.clip_ratio
+        assert errors[RATIOS.index(found)] <= min(errors) * (1 + 1e-4)  # float32 on the way
+
+
+def test_clip_ratios_are_searched_behind_the_order_of_channels(model, documents, tmp_path):
+    method = build_method("skvq", clip_ratio="search", group_size=8)
+    calls = []
+    plan = method.calibrate(model, documents, lambda: calls.append(1))
+    assert len(calls) == method.passes * len(documents) == 2 * len(documents)
+    ratios = {codec.inner.clip_ratio for pair in permutations(plan) for codec in pair}
+    assert ratios <= set(RATIOS)
+    assert len(ratios) > 1
+    plan.save(tmp_path / "plan.json")
+    assert CachePlan.load(tmp_path / "plan.json") == plan
+
+
+def test_clip_ratios_need_text_and_finite_states(documents):
+    method = build_method("skvq", reorder="none", clip_ratio="search")
+    assert method.needs_data
+    broken = tiny_model("llama").eval()
+    broken.model.layers[-1].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"queries must be finite, .* in layer 3"):
+        method.calibrate(broken, documents)
+    with pytest.raises(CalibrationError, match="a document of more than 5 tokens, the sinks"):
+        method.calibrate(broken, documents[2:])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.2, "seek", True])
+def test_other_clip_ratios_are_refused(ratio):
+    with pytest.raises(ValueError, match=r"clip_ratio must be above 0 and .*'search', got"):
+        build_method("skvq", clip_ratio=ratio)

@@ -25,7 +25,11 @@ def load(monkeypatch):
 
 def record(subject, bits, kl):
     domain = {"kl_nats": kl, "kl_se": kl / 10, "flips": 0.01, "perplexity": 5.0}
-    return {"subject": subject, "effective_bits": bits, "effective_bits_at_context": bits} | {
+    return {
+        "subject": subject,
+        "method": subject,
+        "effective_bits": bits,
+        "effective_bits_at_context": bits,
         "context": 100,
         **dict.fromkeys(("text", "reasoning", "recall"), domain),
     }
@@ -58,7 +62,6 @@ def test_the_pareto_set_is_what_nothing_beats(load):
     "name",
     [
         "methods/results/kvbits-tiny",
-        "methods/results/kvbits-tiny-fitted",
         "ablation-kvquant/results/kvbits-tiny",
     ],
 )
@@ -66,6 +69,41 @@ def test_committed_records_have_all_the_table_needs(name, load):
     records = load("figure").read_records(RECIPES / f"{name}.jsonl")
     assert len({each["subject"] for each in records}) == len(records)
     assert load("figure").table(records).count("\n") == len(records) + 1
+
+
+def test_the_table_of_the_readme_is_that_of_the_records(load):
+    figure = load("figure")
+    records = figure.read_records(RECIPES / "methods/results/kvbits-tiny.jsonl")
+    assert figure.table(records) in (RECIPES / "methods/README.md").read_text()
+
+
+def test_a_table_takes_the_place_of_the_one_before(load, tmp_path):
+    figure, readme = load("figure"), tmp_path / "README.md"
+    readme.write_text(f"before\n{figure.MARKS[0]}old\n{figure.MARKS[1]}after\n")
+    figure.put("| new |", readme)
+    assert readme.read_text() == f"before\n{figure.MARKS[0]}| new |\n{figure.MARKS[1]}after\n"
+    readme.write_text("no marks")
+    with pytest.raises(SystemExit, match="must hold <!-- table --> and <!-- end of table -->"):
+        figure.put("| new |", readme)
+
+
+def test_a_row_is_named_by_its_widths_and_other_settings(load):
+    settings = {"key_bits": 2, "value_bits": 1.5, "reorder": "none"}
+    record = {"method": "skvq", "settings": settings}
+    assert load("figure").title(record) == "skvq K2V1.5 reorder=none"
+
+
+def test_rows_and_columns_are_chosen(load, capsys, tmp_path):
+    measure = load("measure")
+    rows = [each for each in measure.subjects() if measure.matches(each, "int8,qaq level*")]
+    assert [each.name for each in rows] == ["int8", "qaq level=head", "qaq level=layer"]
+    options = ["--out", str(tmp_path / "none"), "--problems", "9", "--list", "--columns"]
+    measure.run(measure.parse().parse_args([*options, "arithmetic,passkey"]), rows[:2])
+    printed = capsys.readouterr().out
+    assert printed == "int8: passkey, arithmetic\nqaq level=head: passkey, arithmetic\n"
+    with pytest.raises(SystemExit):
+        measure.parse().parse_args([*options, "arithmetics"])
+    assert "must be some of divergence, passkey, key_value, arithmetic" in capsys.readouterr().err
 
 
 def test_the_cpu_subset_is_part_of_all_that_is_measured(load):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from kvbits.errors import CalibrationError
+
 OBSERVER_NAME = "kvbits_observe"
 QUERY_CHUNK = 256
 
@@ -42,6 +44,21 @@ class Observed(NamedTuple):
         """Return the attention weights ``[H_q, Q, T]`` over the given keys, float32."""
         return attention_weights(
             self.query, key_states, self.mask, self.scaling, self.softcap, self.sink_logits
+        )
+
+    def check(self) -> None:
+        """Raise ``CalibrationError`` if states or queries hold NaN or infinity."""
+        check_finite("key_states", self.key_states, self.layer_idx)
+        check_finite("value_states", self.value_states, self.layer_idx)
+        check_finite("queries", self.query, self.layer_idx)
+
+
+def check_finite(name: str, found: Tensor, layer_idx: int) -> None:
+    """Raise ``CalibrationError`` if something seen of a layer holds NaN or infinity."""
+    if not found.isfinite().all():
+        raise CalibrationError(
+            f"{name} must be finite, got NaN or infinity in layer {layer_idx}; "
+            "check the model's weights and dtype"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvbits.attention.hf import packed_attention, packed_mask
-from kvbits.calibration.attention import attending_by
+from kvbits.calibration.attention import attending_by, check_finite
 from kvbits.calibration.placement import input_device
 from kvbits.errors import CalibrationError, UnsupportedModelError
 from kvbits.layer_plan import SIDES, Side
@@ -58,7 +58,7 @@ def observe(
             of the document's own next tokens.
 
     Raises:
-        CalibrationError: If there is no document of two tokens, or states are not finite.
+        CalibrationError: If there is no document of two tokens, or what is seen is not finite.
         UnsupportedModelError: If what was asked for does not pass where it can be seen.
     """
     usable = [document for document in documents if len(document) > 1]
@@ -81,6 +81,12 @@ def observe(
                 raise UnsupportedModelError(
                     "model must attend by transformers' attention interface for its queries to be "
                     "seen, got none"
+                )
+            tap.check()
+            if not logits.isfinite().all():
+                raise CalibrationError(
+                    "logits must be finite, got NaN or infinity; check the model's weights and "
+                    "dtype"
                 )
             if with_gradients:
                 # The sum: a mean would make gradients of short documents larger.
@@ -128,19 +134,22 @@ class _Tap(DynamicCache):  # type: ignore[misc]
         """Whether anything passed."""
         return bool(self._states)
 
+    def check(self) -> None:
+        """Raise ``CalibrationError`` if NaN or infinity passed, naming the first layer of it."""
+        for (layer_idx, side), states in self._states.items():
+            check_finite(f"{side}_states", states, layer_idx)
+        for layer_idx, queries in self.queries.items():
+            check_finite("queries", queries, layer_idx)
+
     def differentiate(self, loss: Tensor) -> None:
         """Find the gradient of ``loss`` with respect to all states."""
         found = torch.autograd.grad(loss, list(self._zeros.values()))
         self._gradients = dict(zip(self._zeros, found, strict=True))
+        for (layer_idx, side), gradients in self._gradients.items():
+            check_finite(f"gradients of {side}_states", gradients, layer_idx)
 
     def observations(self) -> Observations:
         """What was seen."""
-        for (layer_idx, side), states in self._states.items():
-            if not states.isfinite().all():
-                raise CalibrationError(
-                    f"{side}_states must be finite, got NaN or infinity in layer {layer_idx}; "
-                    "check the model's weights and dtype"
-                )
         return {
             (layer_idx, side): Observation(
                 states,

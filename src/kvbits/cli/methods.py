@@ -76,6 +76,8 @@ def calibrate(
         width = int(bits) if bits.is_integer() else bits
         settings = {"key_bits": width, "value_bits": width} | settings
     built = build_method(method, **settings)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output must be a folder, got the file {str(output)!r}")
     if built.needs_data:
         plan = _calibrated(built, model, text, documents, seed, device, dtype.value)
     else:
@@ -97,11 +99,13 @@ def _calibrated(
 ) -> CachePlan:
     from kvbits.cli.models import load_model
     from kvbits.cli.output import progress_bars
-    from kvbits.evaluation.corpora import default_sets
+    from kvbits.evaluation.corpora import SetSize, default_sets
     from kvbits.evaluation.token_set import dataset
 
     loaded = load_model(model, device, dtype)
-    sets = default_sets(loaded.tokenizer, "calibration", seed=seed, text=text)
+    size = SetSize()
+    size = size._replace(text_documents=min(most or size.text_documents, size.text_documents))
+    sets = default_sets(loaded.tokenizer, "calibration", size=size, seed=seed, text=text)
     sets = [each.first(most) if most else each for each in sets]
     documents = [document for each in sets for document in each.documents]
     with progress_bars() as bars:

@@ -14,9 +14,12 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """Return a console on the present stdout; redirected output is not wrapped at 80 columns."""
+    """Return a console on the present stdout; redirected output is not wrapped at 80 columns.
+
+    Text is printed as it is: names such as ``kvbits[hqq]`` are no markup.
+    """
     width = None if sys.stdout.isatty() else 160
-    return Console(width=width, soft_wrap=False, highlight=False)
+    return Console(width=width, soft_wrap=False, highlight=False, markup=False)
 
 
 def table(*columns: str) -> Table:

@@ -66,7 +66,8 @@ class External(Grouped):
         grouped = self.grouped(states.float())  # [B, H_kv, N, rows, values]
         tokens = self.block_tokens if self.granularity == "per_token" else 1
         blocks = grouped.reshape(-1, tokens * grouped.shape[-2], grouped.shape[-1])
-        found = self.quantized(blocks)
+        # In one layout, so that the order of a library's sums never shows in what is stored.
+        found = self.quantized(blocks.contiguous())
         scale, offset = (x.reshape(*grouped.shape[:-1], 1) for x in (found.scale, found.offset))
         spec = self.parameter_specs(states.shape[-1])[0]
         codes = found.codes.to(torch.uint8).reshape(grouped.shape)

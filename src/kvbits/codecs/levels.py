@@ -89,9 +89,10 @@ def on_grid(levels: Sequence[float]) -> tuple[float, ...]:
     """Ascending levels, moved to the grid of at most 127 steps that moves them least.
 
     Kernels look levels of a grid up as bytes, and multiply bytes. Lloyd-Max levels of 4 bits have
-    0.3 % more squared error after the move, those of 3 bits 0.03 %.
+    0.3 % more squared error after the move, those of 3 bits 0.03 %. More levels than such a grid
+    has places stay where they are.
     """
-    return _nearest_grid(levels).levels
+    return _nearest_grid(levels).levels if len(levels) <= MOST_STEPS + 1 else tuple(levels)
 
 
 def grid_of(levels: Sequence[float]) -> Grid | None:

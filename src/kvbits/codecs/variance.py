@@ -15,6 +15,7 @@ FP16 = torch.float16
 _STD_RANGE = (1e-3, 1e3)
 _STEP_RANGE = (0.7, 2.0)  # of one correction, before the logarithm
 _LOG_RANGE = (-0.3, 10.0)  # of the whole scale
+_ROUNDING = 1e-9  # far above what float64 sums in another order differ by
 
 
 class VarianceNormalised(Wrapper):
@@ -75,7 +76,7 @@ def tile_scales(tiles: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
 
     Every round multiplies the scale of each row and column by its spread over the least of all;
     the round whose spreads differ least counts. In float64, so that the order of a sum never
-    shows.
+    shows; rounds often tie: then the first of them counts, and the next one is tried.
     """
     x = tiles.double()
     tokens = x.new_zeros(*x.shape[:-1], 1)
@@ -90,11 +91,12 @@ def tile_scales(tiles: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
         highest = torch.maximum(by_token.amax(-2, True), by_channel.amax(-1, True))
         lowest = torch.minimum(by_token.amin(-2, True), by_channel.amin(-1, True))
         imbalance = highest / lowest
-        is_open &= imbalance <= least  # a tile stops where it gets worse
-        least = torch.where(is_open, imbalance, least)
+        is_open &= imbalance <= least * (1 + _ROUNDING)  # a tile stops where it gets worse
+        is_better = is_open & (imbalance < least * (1 - _ROUNDING))
+        least = torch.where(is_better, imbalance, least)
         best = (
-            torch.where(is_open, tokens, best[0]),
-            torch.where(is_open, channels, best[1]),
+            torch.where(is_better, tokens, best[0]),
+            torch.where(is_better, channels, best[1]),
         )
         tokens = (tokens + (by_token / target).clamp(*_STEP_RANGE).log()).clamp(*_LOG_RANGE)
         channels = (channels + (by_channel / target).clamp(*_STEP_RANGE).log()).clamp(*_LOG_RANGE)

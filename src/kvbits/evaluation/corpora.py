@@ -85,8 +85,8 @@ def text_set(
     windows = _windows(tokenizer, found, max_tokens)
     if not windows or (documents is not None and len(windows) < documents):
         raise CalibrationError(
-            f"documents must be at most the number of windows of {max_tokens} tokens, "
-            f"got {documents} of {len(windows)} in {path or name}; give more text or ask for fewer"
+            f"text must fill {documents or 1} windows of at most {max_tokens} tokens, got "
+            f"{len(windows)} in {path or name}; give more text or ask for fewer documents"
         )
     chosen = [[Segment(ids, True)] for ids in windows[:documents]]
     return padded_set(tokenizer, name, domain, split, chosen)

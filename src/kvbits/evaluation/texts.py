@@ -20,7 +20,8 @@ def read_texts(path: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        CalibrationError: there is no document, or a line is not of the form above.
+        CalibrationError: there is no document, a line is not of the form above, or a file is no
+            text.
     """
     path = Path(path)
     if not path.exists():
@@ -79,7 +80,12 @@ def bundled_texts(split: str) -> list[str]:
 
 
 def _documents(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"path must be text in UTF-8, got {str(path)!r} with other bytes at {error.start}"
+        ) from None
     if path.suffix == ".jsonl":
         return _json_lines(text, str(path))
     parts = [part.strip("\n") for part in text.split(DOCUMENT_END)]

@@ -82,6 +82,7 @@ class KVQuant(Method):
     differs: ClassVar = (
         "as many outliers for every token and head, an even number, in 24 bits each; other keys "
         "beyond their range take its end",
+        "values have a scale for every token and head, not one for a token",
         "sinks are in no range",
         "levels are the best ones for a histogram of 1024 bins, not k-means from one start, "
         "moved to a grid of bytes",

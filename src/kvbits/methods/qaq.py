@@ -149,12 +149,7 @@ class Qaq(Method):
 
     def _needs(self, seen: Observed) -> Needs:
         """Bits of the tokens of one document that would be packed."""
-        for side, states in (("key", seen.key_states), ("value", seen.value_states)):
-            if not states.isfinite().all():
-                raise CalibrationError(
-                    f"{side}_states must be finite, got NaN or infinity in layer "
-                    f"{seen.layer_idx}; check the model's weights and dtype"
-                )
+        seen.check()
         count = seen.key_states.shape[1]
         packed = slice(self.sink_tokens, count - self.residual_length)
         norm = self.squared_query_norm or _squared_norms(seen)
