@@ -89,14 +89,15 @@ def observe(
                     "dtype"
                 )
             if with_gradients:
-                # The sum: a mean would make gradients of short documents larger.
-                tap.differentiate(
-                    torch.nn.functional.cross_entropy(
-                        logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum"
+                with torch.enable_grad():
+                    # The sum: a mean would make gradients of short documents larger.
+                    tap.differentiate(
+                        torch.nn.functional.cross_entropy(
+                            logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum"
+                        )
+                        if loss is None
+                        else loss(logits[0])
                     )
-                    if loss is None
-                    else loss(logits[0])
-                )
             yield tap.observations()
 
 
