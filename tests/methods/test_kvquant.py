@@ -92,7 +92,9 @@ def test_q_norm_widens_the_decoded_levels(settings, model, documents):
 def test_the_variant_without_data_needs_no_model(model):
     method = build_method("kvquant", levels="normal_float", key_ranges="block")
     assert not method.needs_data
-    assert {codec.levels for codec in tables(method.plan(model.config))} == {on_grid(normal_float(3))}
+    assert {codec.levels for codec in tables(method.plan(model.config))} == {
+        on_grid(normal_float(3))
+    }
 
 
 def test_progress_is_told_per_document(model, documents):
