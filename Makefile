@@ -58,10 +58,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
 
 # The oldest transformers pyproject.toml allows, and the huggingface_hub it asks for.
 $(MINIMUM)/.installed: pyproject.toml constraints.txt
@@ -74,7 +74,7 @@ $(MINIMUM)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-minimum: $(MINIMUM)/.installed
-	$(MINIMUM)/bin/python -m pytest -n 2 tests/cache tests/attention $(PYTEST_ARGS)
+	$(MINIMUM)/bin/python -m pytest -n 2 --dist worksteal tests/cache tests/attention $(PYTEST_ARGS)
 
 # The wheel has to work away from the repository, in an environment that never saw it.
 test-wheel: $(STAMP)

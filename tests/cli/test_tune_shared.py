@@ -26,7 +26,7 @@ def asked(monkeypatch):
 
     calls = []
 
-    def pretend(model, tokenizer, settings, run_dir, progress, *, team=None):
+    def pretend(model, tokenizer, settings, run_dir, progress, *, team=None, **rivals):
         calls.append((settings, team))
 
     monkeypatch.setattr(study, "tune", pretend)
