@@ -313,16 +313,16 @@ def _tune(
 
     settings = TuneSettings(**given, **_of_recipe(given, recipe, RECIPES))
     settings = with_parallel(settings, run_dir, settings.population if sharing.is_shared else 1)
+    if sharing.is_shared and rivals:
+        raise ValueError(
+            "--rival must be given without --workers and --storage, got both; add it to the "
+            "finished run"
+        )
     published = [rival for rival in rivals if rival in RECIPES and not Path(rival).exists()]
     others = [load_rival(path) for path in rivals if path not in published]
     for rival in published:
         recipe_settings(settings, rival)  # refuse what cannot be searched for before any work
     if sharing.is_shared:
-        if rivals:
-            raise ValueError(
-                "--rival must be given without --workers and --storage, got both; add it to the "
-                "finished run"
-            )
         tune_shared(name, run_dir, device, dtype, settings, sharing)
     else:
         loaded = load_model(name, device, dtype)

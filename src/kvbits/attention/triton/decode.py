@@ -9,6 +9,7 @@ context.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from kvbits.attention.triton.launch import device_of, is_interpreted, launch_opt
 from kvbits.attention.triton.schedule import Schedule, Shape
 from kvbits.attention.triton.support import supported_shape
 from kvbits.attention.triton.tables import count, grid_bytes, level_bytes, phases, rotation
+from kvbits.codecs import Codec
 from kvbits.codecs.pages import PageStore
 
 ROTATED_CHANNELS = 32  # of an output, that a program turns back
@@ -255,20 +257,12 @@ def _launch_table(
     partials: _Partials,
     options: dict[str, object],
 ) -> None:
-    key, value = (
-        level_bytes(store.codec, store.head_dim, query.device)
-        for store in (group.key, group.value)
-    )
-    turning = phases(group.key.codec, query.device)
     attend_table[_grid_of_columns(query, group, shape, plan)](
         query,
         rotated,
         *states.arguments(group),
         *partials,
-        key,
-        value,
-        key if turning is None else turning,
-        count(query.device),
+        *_tables(level_bytes, group, query.device),
         *_numbers(query, group, shape, plan, options),
         query.stride(2),
         states.tails[0].shape[2],
@@ -291,20 +285,13 @@ def _launch_levels(
     partials: _Partials,
     options: dict[str, object],
 ) -> None:
-    key, value = (
-        grid_bytes(store.codec, store.head_dim, query.device) for store in (group.key, group.value)
-    )
-    turning = phases(group.key.codec, query.device)
     attend_levels[_grid(plan, query.shape[0] * group.key.num_heads)](
         query,
         rotated,
         _spread(rotated, states, shape, plan) if shape.key.slots else rotated,
         *states.arguments(group),
         *partials,
-        key,
-        value,
-        key if turning is None else turning,
-        count(query.device),
+        *_tables(grid_bytes, group, query.device),
         *_numbers(query, group, shape, plan, options),
         **_constants(states, group, shape, plan, options),
         GP=plan.columns,
@@ -331,6 +318,15 @@ def _spread(query: Tensor, states: KernelStates, shape: Shape, plan: Schedule) -
         **launch_options(),
     )
     return spread
+
+
+def _tables(
+    make: Callable[[Codec, int, torch.device], Tensor], group: StoreGroup, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Levels of keys and of values, the phases of keys that are turned, and the numbers from 0."""
+    key, value = (make(store.codec, store.head_dim, device) for store in (group.key, group.value))
+    turning = phases(group.key.codec, device)
+    return key, value, key if turning is None else turning, count(device)
 
 
 def _looked_up(shape: Shape) -> dict[str, object]:

@@ -39,10 +39,11 @@ from kvbits.attention.triton.kernels.lookup import (
 )
 from kvbits.attention.triton.kernels.outlier_attention import (
     outlier_pairs,
-    outlier_score,
+    outlier_scores,
     outlier_sums,
     twice,
 )
+from kvbits.attention.triton.kernels.outliers import FP16_MAX
 from kvbits.attention.triton.kernels.table_form import token_scales
 
 UNIT = tl.constexpr(4096.0)  # its square, 2**24, is what the bits of a level lack as fp16
@@ -329,7 +330,7 @@ def attend_levels(
                         b_hs, b_hz = b_hs.to(tl.float32), b_hz.to(tl.float32)
                         b_x = scaled(
                             b_k[j],
-                            tl.minimum(b_hs * (k_step * UNIT), 65504.0).to(tl.float16)[:, None],
+                            tl.minimum(b_hs * (k_step * UNIT), FP16_MAX).to(tl.float16)[:, None],
                             ((b_hs * k_low + b_hz) * (1 / UNIT)).to(tl.float16)[:, None],
                             COMPILED,
                         )
@@ -353,7 +354,7 @@ def attend_levels(
             b_k = byte_levels_of(key_bytes(p_kw, KB, KW), b_kt, K_LEVELS, KB, False, COMPILED)
             if G > 0:
                 b_w = ()
-                b_bias = b_qsum * 0.0
+                b_bias = tl.zeros([GP], tl.float32)
                 for j in tl.static_range(KF):
                     b_pair = tl.load(p_group + j * KW + o_k)
                     b_cs, b_cz = low16(b_pair).to(tl.float32), high16(b_pair).to(tl.float32)
@@ -372,11 +373,13 @@ def attend_levels(
         p_value = p_channel + HS * PAGE * K_SLOTS
         for i in tl.static_range(K_SLOTS // 2):
             place = (i_hs * PAGE + at + o_n) * (K_SLOTS // 2) + i
-            b_c0, b_c1, b_d0, b_d1 = outlier_pairs(p_channel, p_value, place, m_n)
+            b_pair, b_value = outlier_pairs(p_channel, p_value, place, m_n)
             position = (S + n + o_n).to(tl.int64)
-            b_x = outlier_score(p_qt, PHASES, b_c0, b_d0, position, DK, GP, IS_TURNED, COMPILED)
-            b_x += outlier_score(p_qt, PHASES, b_c1, b_d1, position, DK, GP, IS_TURNED, COMPILED)
-            b_s += b_x
+            b_s += outlier_scores(
+                p_qt, PHASES, b_pair, b_value, position, 0, DK, GP, IS_TURNED, COMPILED
+            ) + outlier_scores(
+                p_qt, PHASES, b_pair, b_value, position, 1, DK, GP, IS_TURNED, COMPILED
+            )
         b_s *= scale
         if SOFTCAP:
             b_s = soft_capped(b_s, cap)
@@ -425,8 +428,7 @@ def attend_levels(
             b_extra *= twice(b_a, GP)
         for i in tl.static_range(V_SLOTS // 2):
             place = (i_hs * PAGE + at + o_n) * (V_SLOTS // 2) + i
-            b_pair = tl.load(p_channel.to(tl.pointer_type(tl.int16)) + place, mask=m_n, other=0)
-            b_value = tl.load(p_value.to(tl.pointer_type(tl.int32)) + place, mask=m_n, other=0)
+            b_pair, b_value = outlier_pairs(p_channel, p_value, place, m_n)
             for half in tl.static_range(2):
                 b_extra = outlier_sums(
                     b_pb, b_pair, b_value, b_rows, b_extra, half, BN, GP, COMPILED

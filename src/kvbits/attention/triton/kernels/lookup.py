@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from kvbits.attention.triton.kernels.layout import num_fields
+from kvbits.attention.triton.kernels.outliers import FP16_MAX
 
 TURN = tl.constexpr(6.283185307179586 / 4294967296.0)  # radians in 2**-32 of a turn
 
@@ -58,24 +59,10 @@ def lookup_code(bits: Any) -> Any:
         lines += ["and.b32 s, x0, 0x77777777;", "shr.u32 m, x0, 1;"]
         lines += ["and.b32 m, m, 0x44444444;"]
         choose(0, 1)
-    elif bits == 2:
-        lines.append("and.b32 s, x0, 0x33333333;")
-        choose(0, 2)
-        lines += ["shr.u32 s, x0, 2;", "and.b32 s, s, 0x33333333;"]
-        choose(1, 3)
-    else:
-        for selector, fields in three_bit_selectors():
-            lines += selector
-            choose(*fields)
+    for selector, fields in selectors(bits):
+        lines += selector
+        choose(*fields)
     return "{" + " ".join(lines) + "}"
-
-
-@triton.constexpr_function
-def lookup_constraints(bits: Any) -> Any:
-    """Outputs, planes, and every word of the table four times: once for each of four bytes."""
-    outputs = 2 * num_fields(bits)
-    inputs = (3 if bits == 3 else 1) + 4 * 2 * (1 << (bits - 2))
-    return ",".join(["=r"] * outputs + ["r"] * inputs)
 
 
 @triton.constexpr_function
@@ -91,8 +78,8 @@ def byte_lookup_code(bits: Any, is_half: Any) -> Any:
     outputs = per_field * num_fields(bits)
     num_planes = 3 if bits == 3 else 1
     table = [f"${outputs + num_planes + 4 * i}" for i in range((1 << bits) // 4)]
-    source = [f"${outputs + i}" for i in range(num_planes)]
-    lines = [".reg .b32 s, t, u, v, p, r, zero;", "mov.b32 zero, 0;"]
+    lines = [".reg .b32 x0, x1, x2, s, t, u, v, p, r, zero;", "mov.b32 zero, 0;"]
+    lines += [f"xor.b32 x{i}, ${outputs + i}, 0x80808080;" for i in range(num_planes)]
 
     def look_up(found):
         """Levels of four codes: of two fields of two bytes."""
@@ -117,29 +104,25 @@ def byte_lookup_code(bits: Any, is_half: Any) -> Any:
                 lines.append(f"prmt.b32 ${2 * place + half}, {found}, zero, {order};")
 
     if bits == 4:
-        lines += [f"xor.b32 s, {source[0]}, 0x80808080;", f"xor.b32 u, {source[0]}, 0x08080808;"]
+        lines += ["mov.b32 s, x0;", "xor.b32 u, x0, 0x88888888;"]
         choose(0, 1)
-    elif bits == 2:
-        lines.append(f"and.b32 s, {source[0]}, 0x33333333;")
-        choose(0, 2)
-        lines += [f"shr.u32 s, {source[0]}, 2;", "xor.b32 s, s, 0x20202020;"]
-        lines.append("and.b32 s, s, 0x33333333;")
-        choose(1, 3)
-    else:
-        lines[0] = lines[0].replace(".reg .b32 ", ".reg .b32 x0, x1, x2, ")
-        lines += [f"xor.b32 x{i}, {source[i]}, 0x80808080;" for i in range(3)]
-        for lines_of_plane in three_bit_selectors():
-            lines += lines_of_plane[0]
-            choose(*lines_of_plane[1])
+    for selector, fields in selectors(bits):
+        lines += selector
+        choose(*fields)
     return "{" + " ".join(lines) + "}"
 
 
 @triton.constexpr_function
-def three_bit_selectors() -> Any:
-    """Selectors of two fields each, of planes in the order P0, P2, P1.
+def selectors(bits: Any) -> Any:
+    """Selectors of two fields each, of 2 or 3 bits; those of 4 are the bytes themselves.
 
-    Channels 0, 1 | 4, 5 | 2, 3 and bits of 6 and 7.
+    Planes of 3 bits are in the order P0, P2, P1: channels 0, 1 | 4, 5 | 2, 3 and bits of 6 and 7.
     """
+    if bits == 4:
+        return []
+    if bits == 2:
+        upper = ["shr.u32 s, x0, 2;", "and.b32 s, s, 0x33333333;"]
+        return [(["and.b32 s, x0, 0x33333333;"], (0, 2)), (upper, (1, 3))]
     found = []
     for plane, field in enumerate((0, 4, 2)):
         lines = [f"shl.b32 t, x{plane}, 1;", "and.b32 t, t, 0x70707070;"]
@@ -154,10 +137,10 @@ def three_bit_selectors() -> Any:
 
 
 @triton.constexpr_function
-def byte_lookup_constraints(bits: Any, is_half: Any) -> Any:
+def lookup_constraints(bits: Any, is_half: Any, level_bytes: Any) -> Any:
     """Outputs, planes, and every word of the table four times: once for each of four bytes."""
     outputs = (2 if is_half else 1) * num_fields(bits)
-    inputs = (3 if bits == 3 else 1) + 4 * ((1 << bits) // 4)
+    inputs = (3 if bits == 3 else 1) + 4 * ((1 << bits) * level_bytes // 4)
     return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 
@@ -178,7 +161,7 @@ def byte_levels_of(
     if COMPILED:
         return tl.inline_asm_elementwise(
             byte_lookup_code(BITS, IS_HALF),
-            byte_lookup_constraints(BITS, IS_HALF),
+            lookup_constraints(BITS, IS_HALF, 1),
             b_w + b_t,
             dtype=kinds(IS_HALF, num_fields(BITS)),
             is_pure=True,
@@ -191,12 +174,6 @@ def byte_levels_of(
             b_x = tl.load(LEVELS + b_c[j])
             b_f = b_f + (b_x.to(tl.int16).to(tl.float16, bitcast=True) if IS_HALF else b_x,)
         return b_f
-
-
-@triton.constexpr_function
-def halves(count: Any) -> Any:
-    """So many fp16 results."""
-    return (tl.float16,) * count
 
 
 @triton.jit
@@ -260,9 +237,9 @@ def levels_of(b_w, b_t, LEVELS, BITS: tl.constexpr, COMPILED: tl.constexpr):
     if COMPILED:
         return tl.inline_asm_elementwise(
             lookup_code(BITS),
-            lookup_constraints(BITS),
+            lookup_constraints(BITS, True, 2),
             b_w + b_t,
-            dtype=halves(num_fields(BITS)),
+            dtype=kinds(True, num_fields(BITS)),
             is_pure=True,
             pack=4,
         )
@@ -304,7 +281,7 @@ def scaled_up_to(b_x, b_s, b_z, COMPILED: tl.constexpr):
             pack=2,
         )
     else:
-        return tl.minimum(b_x.to(tl.float32) * b_s + b_z, 65504.0).to(tl.float16)
+        return tl.minimum(b_x.to(tl.float32) * b_s + b_z, FP16_MAX).to(tl.float16)
 
 
 @triton.jit

@@ -16,35 +16,38 @@ from kvbits.attention.triton.kernels.lookup import cos_sin, even_of, is_at
 
 @triton.jit
 def outlier_pairs(p_channel, p_value, place, m_n):
-    """Channels and values of two outliers of every token."""
+    """Channels and values of two outliers of every token, two in one."""
     b_pair = tl.load(p_channel.to(tl.pointer_type(tl.int16)) + place, mask=m_n, other=0)
-    b_pair = b_pair.to(tl.int32)
     b_value = tl.load(p_value.to(tl.pointer_type(tl.int32)) + place, mask=m_n, other=0)
-    return (
-        b_pair & 0xFF,
-        (b_pair >> 8) & 0xFF,
-        low16(b_value).to(tl.float32),
-        high16(b_value).to(tl.float32),
-    )
+    return b_pair, b_value
 
 
 @triton.jit
-def outlier_score(
+def value_of(b_value, HALF: tl.constexpr):
+    """One of two values, float32."""
+    return (high16(b_value) if HALF else low16(b_value)).to(tl.float32)
+
+
+@triton.jit
+def outlier_scores(
     p_q,
     PHASES,
-    b_c,
-    b_d,
+    b_pair,
+    b_value,
     position,
+    HALF: tl.constexpr,
     D: tl.constexpr,
     GP: tl.constexpr,
     IS_TURNED: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
     """What one outlier of every key adds to the scores: ``[BN, GP]``."""
-    BN: tl.constexpr = b_c.shape[0]
+    BN: tl.constexpr = b_pair.shape[0]
+    b_c = (b_pair.to(tl.int32) >> (8 * HALF)) & 0xFF
     b_c = tl.minimum(b_c, D - 1)  # of a token that does not count it may be anything
-    b_pair = tl.load(p_q + b_c[:, None] * (2 * GP) + tl.arange(0, 2 * GP)[None, :])
-    b_own, b_partner = tl.split(tl.reshape(b_pair.to(tl.float32), [BN, GP, 2]))
+    b_d = value_of(b_value, HALF)
+    b_q = tl.load(p_q + b_c[:, None] * (2 * GP) + tl.arange(0, 2 * GP)[None, :])
+    b_own, b_partner = tl.split(tl.reshape(b_q.to(tl.float32), [BN, GP, 2]))
     if IS_TURNED:
         b_phase = tl.load(PHASES + b_c % (D // 2))
         b_cos, b_sin = cos_sin(((position * b_phase) >> 32).to(tl.int32), COMPILED)
@@ -114,7 +117,7 @@ def outlier_sums(
     """
     b_even = even_of(b_pair, HALF, COMPILED)
     b_is_row = is_at(b_rows[:, None], b_even[None, :], COMPILED)  # [DV / 2, BN]
-    b_d = (high16(b_value) if HALF else low16(b_value)).to(tl.float32)
+    b_d = value_of(b_value, HALF)
     b_sign = (b_pair.to(tl.int32) >> (8 * HALF)) << 31
     b_signed = (b_d.to(tl.int32, bitcast=True) ^ b_sign).to(tl.float32, bitcast=True)
     b_x = tl.reshape(tl.join(b_p * b_d[:, None], b_p * b_signed[:, None]), [BN, 2 * GP])
